@@ -1,0 +1,144 @@
+"""Guest I/O over NBD, with fio as the guest.
+
+Writes go to every block exactly once and with one pattern, so that a lost or misplaced write is seen
+when the image is read afterwards.
+"""
+
+import json
+import subprocess
+from functools import partial
+
+from bench.lab import DATA_SIZE, Lab
+from bench.peers import Image, Peer, Running, running
+from bench.rows import Figure, Row, Sample
+from blockd.units import KIB, MIB
+
+IOPS = Figure("rate", "IOPS", is_more_better=True)
+THROUGHPUT = Figure("throughput", "MB/s", is_more_better=True)
+P99 = Figure("p99", "µs", is_more_better=False)
+
+READ_TIME_S = 3
+WARM_UP_TIME_S = 1
+PATTERN = 0xB10CD0FF
+CLUSTER_SIZE = 64 * KIB
+# How much is written: enough to last for seconds, the same for every peer.
+WRITE_SIZES = {1: 96 * MIB, 16: DATA_SIZE}
+
+
+def _fio(daemon: Running, *options: str) -> dict[str, object]:
+    """Run fio against the export and return its account of the one job."""
+    command = [
+        *("fio", "--name=guest", "--ioengine=nbd", f"--uri={daemon.nbd_uri}", "--thread"),
+        *("--output-format=json", *options),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout}{done.stderr}")
+    job: dict[str, object] = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0]
+    return job
+
+
+def _figures(job: dict[str, object], direction: str) -> Sample:
+    account = job[direction]
+    assert isinstance(account, dict)
+    return {
+        IOPS.name: account["iops"],
+        THROUGHPUT.name: account["bw_bytes"] / 1e6,
+        P99.name: account["clat_ns"]["percentile"]["99.000000"] / 1e3,
+    }
+
+
+def _warm_up(daemon: Running) -> None:
+    """Let caches, allocators and the connection code of both sides reach their stride."""
+    _fio(
+        daemon,
+        "--rw=randread",
+        "--bs=4k",
+        "--iodepth=16",
+        f"--size={DATA_SIZE}",
+        "--time_based",
+        "--runtime=1",
+    )
+
+
+def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
+    with running(peer, lab.filled(), lab.folder) as daemon:
+        job = _fio(
+            daemon,
+            *(
+                f"--rw={pattern}",
+                f"--bs={block}",
+                f"--iodepth={depth}",
+                f"--size={DATA_SIZE}",
+                "--norandommap",
+            ),
+            *("--time_based", f"--ramp_time={WARM_UP_TIME_S}", f"--runtime={READ_TIME_S}"),
+        )
+        lab.compare(daemon.nbd_uri, lab.raw_base, "raw")
+    return _figures(job, "read")
+
+
+def _write(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
+    image = lab.filled()
+    size = DATA_SIZE if pattern == "write" else WRITE_SIZES[depth]
+    with running(peer, image, lab.folder) as daemon:
+        _warm_up(daemon)
+        job = _fio(
+            daemon,
+            *(f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}", f"--size={size}"),
+            f"--buffer_pattern={PATTERN:#x}",
+        )
+    _expect_written(lab, image, written_of_unit=block, unit=block, size=size)
+    return _figures(job, "write")
+
+
+def _allocating_write(lab: Lab, peer: Peer, depth: int) -> Sample:
+    """Write 4 KiB at the start of every cluster of an empty overlay."""
+    image = lab.overlay(lab.raw_base)
+    block = 4 * KIB
+    with running(peer, image, lab.folder) as daemon:
+        _warm_up(daemon)
+        job = _fio(
+            daemon,
+            # After each block skip to the start of the next cluster.
+            *(f"--rw=write:{CLUSTER_SIZE - block}", f"--bs={block}", f"--iodepth={depth}"),
+            *(f"--size={DATA_SIZE}", f"--io_size={DATA_SIZE // CLUSTER_SIZE * block}"),
+            f"--buffer_pattern={PATTERN:#x}",
+        )
+    _expect_written(lab, image, written_of_unit=block, unit=CLUSTER_SIZE, size=DATA_SIZE)
+    return _figures(job, "write")
+
+
+def _expect_written(lab: Lab, image: Image, *, written_of_unit: int, unit: int, size: int) -> None:
+    """Check that the first bytes of each unit up to `size` hold the pattern, and all else the base.
+
+    Raises:   RuntimeError: a byte differs.
+    """
+    lab.check(image)
+    expected = Image(lab.folder / "expected.raw", "raw")
+    stamp = PATTERN.to_bytes(4, "big") * (written_of_unit // 4)
+    with lab.raw_base.path.open("rb") as source, expected.path.open("wb") as target:
+        for offset in range(0, DATA_SIZE, unit):
+            data = source.read(unit)
+            target.write(stamp + data[written_of_unit:] if offset < size else data)
+    lab.compare(image.path, expected)
+
+
+def _random(direction: str, depth: int) -> Row:
+    measure = partial(
+        _read if direction == "read" else _write, pattern=f"rand{direction}", block=4 * KIB, depth=depth
+    )
+    return Row(f"random {direction} 4 KiB, depth {depth}", (IOPS, P99), measure)
+
+
+ROWS = [
+    *(_random(direction, depth) for direction in ("read", "write") for depth in (1, 16)),
+    *(
+        Row(f"allocating write 4 KiB, depth {depth}", (IOPS, P99), partial(_allocating_write, depth=depth))
+        for depth in (1, 16)
+    ),
+    Row("sequential read 1 MiB, depth 4", (THROUGHPUT,), partial(_read, pattern="read", block=MIB, depth=4)),
+    Row(
+        "sequential write 1 MiB, depth 4", (THROUGHPUT,), partial(_write, pattern="write", block=MIB, depth=4)
+    ),
+]

@@ -1,0 +1,51 @@
+"""What guests did to a disk: counters that cost next to nothing.
+
+Requests that are answered at once are timed a turn of the event loop at a time, all others one by one.
+"""
+
+import time
+
+
+class Counter:
+    """One kind of request."""
+
+    __slots__ = ("byte_count", "failed", "invalid", "operations", "time_ns")
+
+    def __init__(self) -> None:
+        self.operations = 0
+        self.byte_count = 0
+        self.time_ns = 0
+        # The disk's fault, and the guest's; neither counts as an operation.
+        self.failed = 0
+        self.invalid = 0
+
+    def add(self, byte_count: int, time_ns: int) -> None:
+        """Count one that succeeded."""
+        self.operations += 1
+        self.byte_count += byte_count
+        self.time_ns += time_ns
+
+
+class DiskStats:
+    """All kinds of requests to one disk; zeroing counts as writing."""
+
+    __slots__ = ("flush", "highest_write", "last_ns", "read", "unmap", "write")
+
+    def __init__(self) -> None:
+        self.read = Counter()
+        self.write = Counter()
+        self.unmap = Counter()
+        self.flush = Counter()
+        # Where the write that went furthest ended.
+        self.highest_write = 0
+        # When something was last done; 0: never.
+        self.last_ns = 0
+
+    def note_write(self, end: int) -> None:
+        self.highest_write = max(self.highest_write, end)
+
+    def share_time(self, time_ns: int, reads: int, writes: int) -> None:
+        """Account for the time of a turn that answered so many reads and writes."""
+        self.last_ns = time.monotonic_ns()
+        self.read.time_ns += time_ns * reads // (reads + writes)
+        self.write.time_ns += time_ns * writes // (reads + writes)

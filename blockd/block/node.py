@@ -1,0 +1,275 @@
+"""The node interface: one layer of the graph that a guest request runs through.
+
+A node is a *protocol* (where bytes live), a *format* (what they mean) or a *filter* (put in front).
+Every operation comes in two forms. The `_nowait` form answers at once, on the event loop, or says
+that it would have to wait; the awaitable form always answers. Callers try the first and fall back:
+
+    data = node.read_nowait(offset, length)
+    if data is None:
+        data = await node.read(offset, length)
+
+Needs:    for every operation 0 <= offset, 0 < length, offset + length <= size; callers check at the
+          border (NBD server, job), nodes do not check again.
+Raises:   StorageError when the disk fails, ImageError when a table of the image is found wrong,
+          RequestError of kind READ_ONLY for a write to a read-only node. After any of them the
+          image is valid and everything acknowledged before is there.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import ClassVar, NamedTuple
+
+from blockd.block.file_events import FileEvent
+from blockd.errors import ErrorKind, RequestError, StorageError
+from blockd.extents import Extent, Kind
+
+Buffer = bytes | bytearray | memoryview
+
+
+class BlockingSource(ABC):
+    """Something that a thread can read by itself."""
+
+    @abstractmethod
+    def readinto_blocking(self, offset: int, buffer: memoryview) -> None:
+        """Fill `buffer`; past the end of the source it becomes zeroes."""
+
+
+class Segment(NamedTuple):
+    """Where `length` bytes of a disk are stored: at `offset` of `source`; no source means zeroes."""
+
+    length: int
+    source: "BlockNode | BlockingSource | None"
+    offset: int
+
+
+class BlockNode(ABC):
+    """One layer: a disk of `size` bytes that can be read, and unless `read_only` written."""
+
+    driver: ClassVar[str]
+    # The unit in which the node keeps track of what it holds; 1 when it can tell single bytes apart.
+    cluster_size: int = 1
+    backing: "BlockNode | None" = None
+
+    def __init__(self, node_name: str, filename: str, size: int, *, read_only: bool) -> None:
+        self.node_name = node_name
+        self.filename = filename
+        self.size = size
+        self.read_only = read_only
+
+    def children(self) -> Mapping[str, "BlockNode"]:
+        """The nodes right below, by role: ``file``, ``backing``."""
+        return {}
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        """Read if that needs no waiting, else return None."""
+        return None
+
+    @abstractmethod
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Read exactly `length` bytes."""
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        """Tell where the bytes of a range are stored, down through the backing chain.
+
+        Shape:    segments in order, together exactly the range.
+        Needs:    the answer holds until this node or one below it is written; callers that write
+                  at the same time keep what they planned from being freed (see the format).
+        """
+        return [Segment(length, self, offset)]
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        """Tell what this layer alone holds, backing left out.
+
+        Shape:    extents in order from `offset`, at least one, none empty, neighbours differ in
+                  kind. They may stop before the end of the range; go on from where they stop.
+        """
+        return [Extent(offset, length, Kind.DATA)]
+
+    def kind_nowait(self, offset: int, length: int) -> Kind | None:
+        """The kind of a range in this layer when it is all one kind and known without waiting."""
+        return Kind.DATA
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write if that needs no waiting and return True, else do nothing and return False."""
+        return False
+
+    @abstractmethod
+    async def write(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`, which must not change until this returns.
+
+        Cancel:   the range holds old and new data, each 512-byte sector whole; the rest is untouched.
+        """
+
+    @abstractmethod
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        """Make a range read as zeroes; with `unmap` its space may be given back."""
+
+    @abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """Give the space of a range back as far as possible; what was given back reads as zeroes."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Return when everything written before this call is on the disk, maps included."""
+
+    async def resize(self, size: int) -> None:
+        """Change the virtual size; new bytes read as zeroes."""
+        raise RequestError(f"The '{self.driver}' driver cannot change the size of '{self.node_name}'")
+
+    async def reopen(self, *, read_only: bool) -> None:
+        """Become read-only, everything written before durable, or writable.
+
+        Needs:    no request is in flight; the nodes below are writable if this one is to be.
+        Raises:   RequestError, ImageError, StorageError: it cannot be.
+        Fails to: the node is as before.
+        """
+        raise RequestError(
+            f"Block format '{self.driver}' used by node '{self.node_name}' does not support reopening files"
+        )
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Flush, and let go of the files; idempotent. The nodes below are closed by their owner."""
+
+
+class ProtocolNode(BlockNode, BlockingSource):
+    """Where bytes live: a node whose operations are also there as blocking calls for threads.
+
+    Formats do large work in one thread hop with these. Everything a format ever does to its file
+    goes through this interface, so that a recording or failing file can stand in its place.
+    """
+
+    # The first failed sync: the kernel may have dropped the pages, so nothing may be written after it.
+    failed: StorageError | None = None
+
+    def announce(self, event: FileEvent) -> None:
+        """Hear what the format above is about to do; for nodes that inject faults. Any thread."""
+
+    def _require_writable(self) -> None:
+        """Refuse to write to what is read-only or has failed."""
+        if self.read_only:
+            raise RequestError(f"'{self.filename}' was opened read-only", kind=ErrorKind.READ_ONLY)
+        if self.failed is not None:
+            raise self.failed
+
+    @abstractmethod
+    def write_blocking(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`, growing the file if needed."""
+
+    @abstractmethod
+    def start_writeback_blocking(self, offset: int, length: int) -> None:
+        """Ask the kernel to begin writing a range to the disk; promises nothing."""
+
+    def write_cold_blocking(self, offset: int, data: Buffer) -> None:
+        """Write data that nobody is expected to read soon, and get it on its way to the disk."""
+        self.write_blocking(offset, data)
+        self.start_writeback_blocking(offset, len(data))
+
+    @abstractmethod
+    def punch_hole_blocking(self, offset: int, length: int) -> None:
+        """Free the space of a range, which then reads as zeroes; where that cannot be, write zeroes."""
+
+    @abstractmethod
+    def sync_blocking(self) -> None:
+        """Return when all that was written is on the disk. A failure is final: see `failed`."""
+
+    @abstractmethod
+    def truncate_blocking(self, size: int) -> None:
+        """Set the file's length."""
+
+
+class FilterNode(BlockNode):
+    """A node put in front of another one: it holds nothing itself and is left out of chains."""
+
+    def __init__(self, child: BlockNode, *, node_name: str) -> None:
+        super().__init__(node_name, child.filename, child.size, read_only=child.read_only)
+        self.stand_before(child)
+
+    def stand_before(self, child: BlockNode) -> None:
+        """Be in front of `child` from now on, and of what became of it: its size, whether it is read-only."""
+        self.child = child
+        self.filename = child.filename
+        self.size = child.size
+        self.read_only = child.read_only
+        self.cluster_size = child.cluster_size
+
+    def children(self) -> Mapping[str, "BlockNode"]:
+        return {"file": self.child}
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        return await self.child.plan_read(offset, length)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        return await self.child.map(offset, length)
+
+    def kind_nowait(self, offset: int, length: int) -> Kind | None:
+        return self.child.kind_nowait(offset, length)
+
+    async def flush(self) -> None:
+        await self.child.flush()
+
+    async def resize(self, size: int) -> None:
+        await self.child.resize(size)
+        self.stand_before(self.child)
+
+    async def reopen(self, *, read_only: bool) -> None:
+        self.stand_before(self.child)
+
+    async def close(self) -> None:
+        """Nothing is held: the node below belongs to the graph."""
+
+
+class FillCounts(NamedTuple):
+    """What a fill did, in bytes."""
+
+    copied: int
+    zeroed: int
+    dropped: int  # no longer wanted when the copy was there: the guest wrote meanwhile
+
+
+class OverlayNode(BlockNode):
+    """A format with a backing file: the kind of image that can be streamed into."""
+
+    # As recorded in the image: the name is relative to the image's folder or absolute.
+    backing_filename: str | None
+    backing_format: str | None
+
+    @abstractmethod
+    def read_own_nowait(self, offset: int, length: int) -> Buffer | None:
+        """Like `read_nowait`, but None as soon as any byte would come from the backing."""
+
+    @abstractmethod
+    async def fill(
+        self,
+        offset: int,
+        length: int,
+        source: list[Segment],
+        is_wanted: Callable[[int], bool],
+        *,
+        keep_cached: bool = False,
+    ) -> FillCounts:
+        """Store the data of `source` in those clusters of the range that hold nothing yet.
+
+        `keep_cached`: it will be read soon, so it should stay in memory.
+
+        Whole clusters of zeroes are stored as zero. Nothing becomes visible before all of it is
+        written, and then `is_wanted(cluster_offset)` is asked once for every cluster: a cluster
+        that is no longer wanted, or that got content meanwhile, is left as it is.
+
+        Needs:    offset and length are multiples of `cluster_size` (the end may be the disk's end).
+        Fails to: no cluster of the range changed.
+        """
+
+    @abstractmethod
+    async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
+        """Record another backing file (None: none), in memory and on disk; leaves `backing` to the caller.
+
+        Everything written or filled before is durable before the header changes, and the header
+        is durable on return.
+
+        Fails to: the old backing file is still recorded, unless the last sync itself failed.
+        """

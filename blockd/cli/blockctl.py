@@ -1,0 +1,155 @@
+"""`blockctl`, the client: streams, switches and lists, and tells by its exit status how it went."""
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Callable, Coroutine
+
+from blockd import __version__
+from blockd.cli import actions
+from blockd.cli.actions import DEFAULT_SOCKET, ExitStatus
+from blockd.cli.display import print_error, print_json
+from blockd.cli.qmp_client import CommandFailed, Message, NoConnection
+from blockd.errors import BlockdError
+from blockd.units import parse_size
+
+Action = Callable[[argparse.Namespace], Coroutine[None, None, ExitStatus]]
+
+_EPILOG = """\
+exit status:
+  0    success; with --wait and --watch: the stream completed
+  1    failure, which is told on standard error
+  2    wrong usage
+  3    the stream was cancelled
+  4    no connection to the daemon, or it was lost
+  130  Ctrl-C; a stream that was started goes on
+
+examples:
+  blockctl stream vda --wait                      copy all that is missing, and wait for it
+  blockctl stream vda --base base.qcow2 --speed 50M
+  blockctl status vda --watch                     come back to a stream that runs
+  blockctl create copy.qcow2 -b disk.qcow2 -F qcow2
+  blockctl switch vda copy.qcow2 && blockctl stream vda --wait
+  blockctl raw '{"execute": "query-block"}'
+"""
+
+
+def main() -> int:
+    """Run `blockctl` with the arguments of the process and return its exit status."""
+    parser = _parser()
+    options = parser.parse_args()
+    if getattr(options, "watch", False) and options.device is None:
+        parser.error("--watch needs a DEVICE")
+    action: Action = options.action
+    try:
+        return asyncio.run(action(options))
+    except KeyboardInterrupt:
+        return ExitStatus.INTERRUPTED
+    except BlockdError as error:
+        if options.json:
+            name = error.error_class if isinstance(error, CommandFailed) else "GenericError"
+            print_json({"error": {"class": name, "desc": error.message}})
+        print_error(error.message)
+        return ExitStatus.NO_CONNECTION if isinstance(error, NoConnection) else ExitStatus.FAILURE
+
+
+# -- the command line -------------------------------------------------------------------------
+
+
+def _size(text: str) -> int:
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _request(text: str) -> Message:
+    try:
+        request = json.loads(sys.stdin.read() if text == "-" else text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"not JSON: {error}") from error
+    if not isinstance(request, dict):
+        raise argparse.ArgumentTypeError('a request is a JSON object such as {"execute": "query-block"}')
+    return request
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="blockctl",
+        description="Control a running blockd.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"blockctl {__version__}")
+    _add_shared(parser, socket=DEFAULT_SOCKET, is_json=False)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_stream_commands(commands)
+    _add_other_commands(commands)
+    return parser
+
+
+def _add_shared(parser: argparse.ArgumentParser, *, socket: str, is_json: bool | str) -> None:
+    """Options that may stand before and after the command."""
+    parser.add_argument(
+        "--socket",
+        "--qmp",
+        default=socket,
+        metavar="PATH",
+        help=f"the daemon's QMP socket (default: {DEFAULT_SOCKET})",
+    )
+    parser.add_argument("--json", action="store_true", default=is_json, help="print JSON, one value a line")
+
+
+def _add(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]",
+    name: str,
+    action: Action,
+    purpose: str,
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+    _add_shared(parser, socket=argparse.SUPPRESS, is_json=argparse.SUPPRESS)
+    parser.set_defaults(action=action)
+    return parser
+
+
+def _add_stream_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    stream = _add(commands, "stream", actions.stream, "copy what a disk lacks from its backing files into it")
+    stream.add_argument("device")
+    stream.add_argument("--base", metavar="FILE", help="copy nothing from this image or from below it")
+    stream.add_argument("--speed", type=_size, default=0, metavar="RATE", help="bytes a second, such as 10M")
+    stream.add_argument(
+        "--on-error",
+        choices=("report", "ignore", "stop", "enospc"),
+        metavar="POLICY",
+        help="report (default), ignore, stop, or enospc: stop when the disk is full",
+    )
+    stream.add_argument("--wait", action="store_true", help="wait until the stream has ended")
+    cancel = _add(commands, "cancel", actions.cancel, "end a stream; what was copied stays")
+    cancel.add_argument("device")
+    status = _add(commands, "status", actions.status, "tell how far streams are")
+    status.add_argument("device", nargs="?")
+    status.add_argument("--watch", action="store_true", help="stay until the stream of DEVICE has ended")
+
+
+def _add_other_commands(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    switch = _add(
+        commands, "switch", actions.switch, "let a disk go on in another image, an overlay of its present one"
+    )
+    switch.add_argument("device")
+    switch.add_argument("file")
+    switch.add_argument("--format", help="the format of FILE (default: qcow2)")
+    _add(commands, "list", actions.list_all, "list disks with their backing files, streams and exports")
+    raw = _add(commands, "raw", actions.raw, "send a QMP request and print what it returns")
+    raw.add_argument("request", type=_request, help="a JSON object, or - to read it from standard input")
+    create = _add(commands, "create", actions.create, "make a new image; needs no daemon")
+    create.add_argument("file")
+    create.add_argument("size", nargs="?", type=_size, help="such as 10G (default: that of the backing file)")
+    create.add_argument("-f", "--format", choices=("qcow2", "raw"), default="qcow2", help="default: qcow2")
+    create.add_argument("-b", "--backing", metavar="FILE", help="make an overlay of FILE")
+    create.add_argument("-F", "--backing-format", choices=("qcow2", "raw"), help="the format of that FILE")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

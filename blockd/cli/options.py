@@ -1,0 +1,260 @@
+"""The command line as `Config`: one small handler an option, in the order given.
+
+Names and syntax are qemu-storage-daemon's, so that the program's name is all that changes, plus a few
+options of blockd's own for people.
+
+Raises:   RequestError, from everything in here: "OPTION VALUE: what is wrong"; nothing happened.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from enum import Enum
+from typing import NamedTuple, TypeVar
+
+from pydantic import ValidationError
+
+from blockd.cli.keyval import Members, parse_flat, parse_json, parse_members
+from blockd.config import (
+    Blockdev,
+    Config,
+    Export,
+    FileDevice,
+    Given,
+    InetAddress,
+    Monitor,
+    NbdServer,
+    NodeDevice,
+    Object,
+    Option,
+    QmpSocket,
+    SocketChardev,
+    StdioChardev,
+    UnixAddress,
+)
+from blockd.drivers import check_blockdev
+from blockd.errors import RequestError
+from blockd.objects import check_object
+from blockd.qmp.errors import argument_error
+from blockd.qmp.models import Members as Model
+
+DEFAULT_QMP_PATH = "blockd.qmp"
+DEFAULT_NBD_PATH = "blockd.nbd"
+
+_IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+# Options of a socket chardev that only say how QEMU goes about it.
+_WITHOUT_EFFECT = ("wait", "delay", "nodelay", "mux")
+_TEXT_ERRORS = {
+    "bool_parsing": "Parameter '{}' expects 'on' or 'off'",
+    "int_parsing": "Parameter '{}' expects integer",
+}
+
+ModelType = TypeVar("ModelType", bound=Model)
+
+
+class Action(Enum):
+    """What the program is started for."""
+
+    SERVE = "serve"
+    HELP = "help"
+    VERSION = "version"
+
+
+class CommandLine(NamedTuple):
+    """What the arguments say."""
+
+    action: Action
+    config: Config = Config(())
+    is_background: bool = False
+
+
+def parse_command_line(arguments: Sequence[str], inherited: Sequence[Given] = ()) -> CommandLine:
+    """Read the arguments that follow the program's name.
+
+    `inherited` are options for sockets that are open already; with any, no others are added.
+    """
+    options: list[Given] = [*inherited]
+    once: dict[str, str] = {}
+    image_paths: list[str] = []
+    remaining = list(arguments)
+    for argument in arguments:
+        if not _is_utf8(argument):
+            raise RequestError(f"{argument}: not valid UTF-8")
+    while remaining:
+        name, value = _next_option(remaining)
+        if name in _ACTIONS:
+            return CommandLine(_ACTIONS[name])
+        if name in _ONCE:
+            if name in once:
+                raise RequestError(f"{name} option can only be given once")
+            once[name] = value
+        elif name == "--image-paths":
+            image_paths.append(value)
+        else:
+            text = f"{name} {value}"
+            options.append(Given(text, _handle(name, value, text)))
+    all_options = tuple(options) if inherited else _with_defaults(options)
+    config = Config(all_options, once.get("--pidfile"), tuple(image_paths), once.get("--state-dir"))
+    return CommandLine(Action.SERVE, config, is_background="--daemonize" in once)
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _next_option(remaining: list[str]) -> tuple[str, str]:
+    """Take an option and its value off the front."""
+    name, equals, value = remaining.pop(0).partition("=")
+    if not name.startswith("-"):
+        raise RequestError(
+            f"{name}{equals}{value}: Unexpected argument; a disk is given as --device NAME=FILE"
+        )
+    if name in _WITHOUT_VALUE:
+        return name, ""
+    if name not in _HANDLERS and name not in _WITH_VALUE:
+        raise RequestError(f"unrecognized option '{name}'; see --help")
+    if equals:
+        return name, value
+    if not remaining:
+        raise RequestError(f"option '{name}' requires an argument")
+    return name, remaining.pop(0)
+
+
+def _handle(name: str, value: str, argument: str) -> Option:
+    try:
+        return _HANDLERS[name](value)
+    except RequestError as error:
+        raise RequestError(f"{argument}: {error.message}") from error
+
+
+def _with_defaults(options: list[Given]) -> tuple[Given, ...]:
+    """Add the sockets that a device needs to be of use, where none are given."""
+    given = [type(entry.option) for entry in options]
+    first: list[Given] = []
+    last: list[Given] = []
+    if FileDevice in given and NbdServer not in given:
+        server = NbdServer(addr=UnixAddress(path=DEFAULT_NBD_PATH))
+        first.append(Given(f"--nbd {DEFAULT_NBD_PATH}", server))
+    if (FileDevice in given or NodeDevice in given) and QmpSocket not in given and Monitor not in given:
+        last.append(Given(f"--qmp {DEFAULT_QMP_PATH}", QmpSocket(path=DEFAULT_QMP_PATH)))
+    return (*first, *options, *last)
+
+
+# -- one handler an option --------------------------------------------------------------------
+
+
+def _blockdev(value: str) -> Blockdev:
+    members, is_text = parse_members(value, "driver")
+    return Blockdev(options=check_blockdev(members, is_text=is_text))
+
+
+def _chardev(value: str) -> SocketChardev | StdioChardev:
+    members = parse_json(value) if value.startswith("{") else parse_flat(value, "backend")
+    if "id" not in members:
+        raise RequestError("chardev: no id specified")
+    backend = members.pop("backend", None)
+    if backend == "stdio":
+        members = {name: member for name, member in members.items() if name not in ("mux", "signal")}
+        option: SocketChardev | StdioChardev = _validated(StdioChardev, members)
+    elif backend == "socket":
+        option = _socket_chardev(members)
+    else:
+        raise RequestError(f"'{backend}' is not a valid char driver name (socket and stdio are)")
+    _check_identifier(option.id)
+    return option
+
+
+def _socket_chardev(members: Members) -> SocketChardev:
+    address: Members = {}
+    for key, member in {"path": "path", "fd": "str", "host": "host", "port": "port"}.items():
+        if key in members:
+            address[member] = members.pop(key)
+    kinds = {"path": "unix", "str": "fd", "host": "inet"}
+    found = [kind for member, kind in kinds.items() if member in address]
+    if len(found) != 1:
+        raise RequestError("chardev: socket: one of 'path', 'fd', or 'host' and 'port' is required")
+    if found == ["inet"] and "port" not in address:
+        raise RequestError("chardev: socket: no port given")
+    plain = {name: member for name, member in members.items() if name not in _WITHOUT_EFFECT}
+    return _validated(SocketChardev, {**plain, "address": {"type": found[0], **address}})
+
+
+def _monitor(value: str) -> Monitor:
+    return _validated(Monitor, *parse_members(value, "chardev"))
+
+
+def _nbd_server(value: str) -> NbdServer:
+    return _validated(NbdServer, *parse_members(value))
+
+
+def _export(value: str) -> Export:
+    return _validated(Export, *parse_members(value, "type"))
+
+
+def _object(value: str) -> Object:
+    members, is_text = parse_members(value, "qom-type")
+    return Object(options=check_object(members, is_text=is_text))
+
+
+def _device(value: str) -> FileDevice | NodeDevice:
+    name, equals, _ = value.partition("=")
+    if not equals:
+        raise RequestError("expected NAME=FILE, such as vda=disk.qcow2, or id=NAME,node-name=NODE")
+    members = parse_flat(value, "name")
+    if "node-name" in members:
+        on_node = _validated(NodeDevice, members)
+        _check_identifier(on_node.id)
+        return on_node
+    _check_identifier(name)
+    filename = members.pop(name)
+    return _validated(FileDevice, {**members, "name": name, "filename": filename})
+
+
+def _qmp(value: str) -> QmpSocket:
+    return QmpSocket(path=value)
+
+
+def _nbd(value: str) -> NbdServer:
+    host, colon, port = value.rpartition(":")
+    if not colon or "/" in value:
+        return NbdServer(addr=UnixAddress(path=value))
+    members: Members = {"type": "inet", "host": host.strip("[]"), "port": port}
+    return NbdServer(addr=_validated(InetAddress, members))
+
+
+def _check_identifier(name: str) -> None:
+    if not _IDENTIFIER.fullmatch(name):
+        raise RequestError(
+            "Parameter 'id' expects an identifier: letters, digits, '-', '.' and '_', starting with a letter"
+        )
+
+
+def _validated(model: type[ModelType], members: Members, is_text: bool = True) -> ModelType:
+    try:
+        return model.model_validate(members, strict=not is_text, by_alias=True, by_name=False)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        if is_text and fault["type"] in _TEXT_ERRORS:
+            raise RequestError(_TEXT_ERRORS[fault["type"]].format(fault["loc"][-1])) from error
+        raise argument_error(error, members) from error  # type: ignore[arg-type]
+
+
+_ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}
+_ONCE = ("--pidfile", "--daemonize", "--state-dir")
+_WITHOUT_VALUE = (*_ACTIONS, "--daemonize")
+_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir")
+
+_HANDLERS: dict[str, Callable[[str], Option]] = {
+    "--blockdev": _blockdev,
+    "--chardev": _chardev,
+    "--monitor": _monitor,
+    "--nbd-server": _nbd_server,
+    "--export": _export,
+    "--object": _object,
+    "--device": _device,
+    "--qmp": _qmp,
+    "--nbd": _nbd,
+}

@@ -1,0 +1,31 @@
+"""What commands work on."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from blockd.devices.device import Devices
+from blockd.devices.exports import Exports
+from blockd.devices.streams import Streams
+from blockd.drivers import NodeGraph
+from blockd.jobs.manager import JobManager
+from blockd.objects import Objects
+from blockd.qmp.events import EventBus
+from blockd.qmp.table import CommandTable
+
+
+@dataclass(frozen=True)
+class Services:
+    """The parts of the daemon that commands steer."""
+
+    graph: NodeGraph
+    devices: Devices
+    streams: Streams
+    jobs: JobManager
+    exports: Exports
+    events: EventBus
+    # Makes the daemon end once the reply is out.
+    stop: Callable[[], None]
+    objects: Objects
+
+
+Table = CommandTable[Services]

@@ -1,0 +1,12 @@
+"""The daemon itself."""
+
+from blockd.commands.context import Services, Table
+
+TABLE: Table = Table()
+
+
+@TABLE.command("quit")
+async def quit_daemon(services: Services) -> None:
+    """End the daemon: jobs are stopped, their events sent; then comes this reply, then the end."""
+    await services.jobs.stop_all()
+    services.stop()

@@ -1,0 +1,164 @@
+"""blockdev-create: making files, and images in files."""
+
+from functools import partial
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+
+from blockd.block.node import BlockNode, ProtocolNode
+from blockd.block.options import Options
+from blockd.commands.context import Services, Table
+from blockd.drivers import check_blockdev
+from blockd.errors import ErrorKind, RequestError
+from blockd.formats.qcow2.create import CLUSTER_SIZE_DEFAULT, create
+from blockd.formats.raw.create import create as set_size
+from blockd.jobs.create import CreateJob
+from blockd.protocols.new_file import new_file
+from blockd.qmp.models import Arguments, Members, NonNegative
+from blockd.units import KIB, MIB, SECTOR_SIZE
+
+TABLE: Table = Table()
+
+Preallocation = Literal["off", "metadata", "falloc", "full"]
+
+
+class FileOptions(Members):
+    """A file, which must not exist yet."""
+
+    driver: Literal["file"]
+    filename: str
+    size: NonNegative
+    preallocation: Preallocation = "off"
+    nocow: bool = False
+    """Accepted, without effect."""
+
+    async def make(self, services: Services) -> None:
+        _require_no_preallocation(self.preallocation)
+        async with new_file(self.filename) as file:
+            await set_size(file, self.size)
+
+
+class NodeOptions(Members):
+    """A node to open; which members there are depends on the driver."""
+
+    model_config = ConfigDict(extra="allow")
+
+    driver: str
+
+
+class Qcow2Options(Members):
+    """A qcow2 image in a file, whatever that held before."""
+
+    driver: Literal["qcow2"]
+    file: str | NodeOptions
+    """A node, or the options of one."""
+    size: NonNegative
+    version: Literal["v2", "v3"] = "v3"
+    backing_file: str | None = None
+    backing_fmt: Literal["qcow2", "raw"] | None = None
+    cluster_size: NonNegative = CLUSTER_SIZE_DEFAULT
+    preallocation: Preallocation = "off"
+    lazy_refcounts: bool = False
+    refcount_bits: NonNegative = 16
+    compression_type: Literal["zlib", "zstd"] = "zlib"
+    extended_l2: bool = False
+
+    async def make(self, services: Services) -> None:
+        user = "blockdev-create"
+        file = await _held_file(services, self.file, user)
+        try:
+            self._check()
+            await create(
+                file,
+                self.size,
+                cluster_size=self.cluster_size,
+                backing_filename=self.backing_file or None,
+                backing_format=self.backing_fmt if self.backing_file else None,
+            )
+        finally:
+            services.graph.remove_user(file, user)
+            await services.graph.close_unused()
+
+    def _check(self) -> None:
+        if self.size % SECTOR_SIZE:
+            raise RequestError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
+        if not SECTOR_SIZE <= self.cluster_size <= 2 * MIB or self.cluster_size.bit_count() != 1:
+            raise RequestError(
+                f"Cluster size must be a power of two between {SECTOR_SIZE} and {2 * MIB // KIB}k"
+            )
+        if self.refcount_bits.bit_count() != 1 or self.refcount_bits > 64:
+            raise RequestError("Refcount width must be a power of two and may not exceed 64 bits")
+        if self.backing_fmt is not None and not self.backing_file:
+            raise RequestError("Backing format cannot be used without backing file")
+        _require_no_preallocation(self.preallocation)
+        made = ("v3", False, 16, "zlib", False)
+        if made != (
+            *(self.version, self.lazy_refcounts, self.refcount_bits),
+            *(self.compression_type, self.extended_l2),
+        ):
+            raise RequestError(
+                "New images are of version v3, with 16 refcount-bits and compression-type zlib, without "
+                "lazy-refcounts and extended-l2"
+            )
+
+
+class OtherOptions(Members):
+    """Drivers whose nodes are made of other nodes, or are what a file is anyway."""
+
+    driver: Literal["raw", "throttle", "copy-on-read", "blkstream", "blkdebug", "faults"]
+
+
+class BlockdevCreateArguments(Arguments):
+    """The job's id, and what to make."""
+
+    job_id: str
+    options: Annotated[FileOptions | Qcow2Options | OtherOptions, Field(discriminator="driver")]
+
+
+@TABLE.command("blockdev-create")
+async def blockdev_create(services: Services, arguments: BlockdevCreateArguments) -> None:
+    """Make a file, or an image in a file, as a job that is kept until job-dismiss."""
+    options = arguments.options
+    if isinstance(options, OtherOptions):
+        raise RequestError("Driver does not support blockdev-create")
+    services.jobs.start(CreateJob(arguments.job_id, partial(options.make, services)))
+
+
+def _require_no_preallocation(mode: Preallocation) -> None:
+    if mode != "off":
+        raise RequestError(f"Unsupported preallocation mode '{mode}'")
+
+
+async def _held_file(services: Services, told: str | NodeOptions, user: str) -> ProtocolNode:
+    """The file that is to hold an image, which nobody else uses."""
+    async with services.devices.changing:
+        if isinstance(told, str):
+            node: BlockNode = services.devices.find_node(told)
+        else:
+            options: Options = told.model_dump(by_alias=True, exclude_unset=True)
+            node = await services.graph.open_unnamed(check_blockdev(options, is_text=False))
+        others = services.graph.users(node)
+        services.graph.add_user(node, user)
+        try:
+            return _checked_file(services, node, others)
+        except RequestError:
+            services.graph.remove_user(node, user)
+            await services.graph.close_unused()
+            raise
+
+
+def _checked_file(services: Services, node: BlockNode, users: list[str]) -> ProtocolNode:
+    name = node.node_name
+    if not isinstance(node, ProtocolNode):
+        raise RequestError(f"An image is made in a file, and '{name}' is of driver '{node.driver}'")
+    if node.read_only:
+        raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
+    for parent, role in services.graph.parents(node):
+        raise RequestError(
+            f"Permission conflict on node '{name}': permissions 'write, resize' are both required by an "
+            f"unnamed block device (uses node '{name}' as 'root' child) and unshared by node "
+            f"'{parent.node_name}' (uses node '{name}' as '{role}' child)."
+        )
+    if users:
+        raise RequestError(f"Node '{name}' is busy: it is in use by {users[0]}")
+    return node

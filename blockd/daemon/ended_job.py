@@ -1,0 +1,38 @@
+"""Jobs of an earlier run that need no more work, only somebody to be told of their end."""
+
+from blockd.daemon.state import JobRecord
+from blockd.errors import BlockdError
+from blockd.jobs.job import Job
+
+
+class EndedJob(Job):
+    """A job that was over when the run ended, or that cannot go on; `failure` says why."""
+
+    def __init__(self, record: JobRecord, *, failure: str | None = None, was_cancelled: bool = False) -> None:
+        super().__init__(
+            record.id,
+            length=record.length,
+            speed=record.speed,
+            on_error=record.on_error,
+            auto_dismiss=record.auto_dismiss,
+        )
+        self.type = record.type
+        # What stays in the journal until the end is told.
+        self.record = record
+        self.was_cancelled = was_cancelled
+        self._failure = failure
+
+    async def run(self) -> None:
+        if self._failure is not None:
+            raise BlockdError(self._failure)
+        self.set_progress(self.length, self.length)
+
+
+def concluded_job(record: JobRecord) -> Job:
+    """A job whose end was told, and which was not dismissed."""
+    job = EndedJob(record)
+    job.set_progress(record.offset, record.length)
+    job.auto_finalize = record.auto_finalize
+    job.is_cancelled = record.is_cancelled
+    job.error = BlockdError(record.error) if record.error is not None else None
+    return job

@@ -1,0 +1,156 @@
+"""What each option of the command line starts."""
+
+import logging
+from pathlib import Path
+
+from blockd.block.node import BlockNode
+from blockd.commands.context import Services
+from blockd.config import (
+    Blockdev,
+    Export,
+    FdAddress,
+    FileDevice,
+    Given,
+    InetAddress,
+    Monitor,
+    NbdServer,
+    NodeDevice,
+    Object,
+    Option,
+    QmpSocket,
+    SocketChardev,
+    StdioChardev,
+    UnixAddress,
+)
+from blockd.daemon.disagreement import differences, subject_of
+from blockd.daemon.state import MonitorRecord
+from blockd.errors import RequestError
+from blockd.exports.nbd.server import NbdServer as Server
+from blockd.qmp.server import QmpServer
+
+log = logging.getLogger(__name__)
+
+
+class Starter:
+    """Does the options one after the other: `start` for all of them, then `export`, then `accept`.
+
+    What an option brings about is done once: `given` tells which have brought about what, and those of an
+    earlier run are left as the journal has them.
+    """
+
+    def __init__(self, services: Services, qmp: QmpServer[Services], given: dict[str, str]) -> None:
+        self.monitors: list[MonitorRecord] = []
+        self._services = services
+        self._qmp = qmp
+        self._given = given
+        self._earlier = dict(given)
+        self._chardevs: dict[str, SocketChardev | StdioChardev] = {}
+
+    async def start(self, argument: str, option: Option) -> None:
+        """Do what one option says.
+
+        Raises:   BlockdError: it cannot be done; what it left is removed at the end of the daemon.
+        """
+        subject = subject_of(option)
+        if subject in self._earlier:
+            for difference in differences(self._services, self._earlier[subject], Given(argument, option)):
+                log.warning("%s: %s", argument, difference)
+            return
+        await self._start(option)
+        if subject is not None:
+            self._given[subject] = argument
+
+    async def _start(self, option: Option) -> None:
+        match option:
+            case Blockdev():
+                await self._services.graph.open(option.options)
+            case Object():
+                await self._services.objects.add(option.options)
+            case SocketChardev() | StdioChardev():
+                self._add_chardev(option)
+            case Monitor():
+                await self._add_monitor(option)
+            case QmpSocket():
+                await self._qmp.listen_unix(option.path)
+                self._note_monitor(UnixAddress(path=option.path), is_pretty=False)
+            case NbdServer():
+                await _listen(self._services.exports.start_server(option.max_connections), option)
+            case Export():
+                await self._add_export(option)
+            case FileDevice():
+                await self._add_file_device(option)
+            case NodeDevice():
+                self._services.devices.add(option.id, self._find(option.node_name))
+
+    def _find(self, node_name: str) -> BlockNode:
+        if node_name not in self._services.graph.nodes:
+            raise RequestError(f"Cannot find device='' nor node-name='{node_name}'")
+        return self._services.graph[node_name]
+
+    def _add_chardev(self, option: SocketChardev | StdioChardev) -> None:
+        if option.id in self._chardevs:
+            raise RequestError(f"Duplicate ID '{option.id}' for chardev")
+        self._chardevs[option.id] = option
+
+    async def _add_monitor(self, option: Monitor) -> None:
+        chardev = self._chardevs.get(option.chardev)
+        if chardev is None:
+            raise RequestError(f'chardev "{option.chardev}" not found')
+        if isinstance(chardev, StdioChardev):
+            await self._qmp.serve_stdio(pretty=option.pretty)
+            return
+        address = chardev.address
+        match address, chardev.server:
+            case UnixAddress(), True:
+                await self._qmp.listen_unix(address.path, pretty=option.pretty)
+            case UnixAddress(), False:
+                await self._qmp.connect_unix(address.path, pretty=option.pretty)
+            case InetAddress(), True:
+                await self._qmp.listen_tcp(address.host, address.port, pretty=option.pretty)
+            case InetAddress(), False:
+                await self._qmp.connect_tcp(address.host, address.port, pretty=option.pretty)
+            case FdAddress(), True:
+                await self._qmp.listen_fd(address.fd, pretty=option.pretty)
+            case FdAddress(), False:
+                await self._qmp.serve_fd(address.fd, pretty=option.pretty)
+        if chardev.server and not isinstance(address, FdAddress):
+            self._note_monitor(address, is_pretty=option.pretty)
+
+    def _note_monitor(self, address: UnixAddress | InetAddress, *, is_pretty: bool) -> None:
+        if isinstance(address, UnixAddress):
+            address = UnixAddress(path=str(Path(address.path).absolute()))
+        self.monitors.append(MonitorRecord(place=address, is_pretty=is_pretty))
+
+    async def _add_export(self, option: Export) -> None:
+        await self._services.exports.add(
+            option.id,
+            self._find(option.node_name),
+            name=option.node_name if option.name is None else option.name,
+            description=option.description or "",
+            writable=option.writable,
+        )
+
+    async def _add_file_device(self, option: FileDevice) -> None:
+        node = await self._services.graph.open_image(option.filename, option.format, read_only=False)
+        self._services.devices.add(option.name, node)
+
+    async def export(self, _argument: str, option: Option) -> None:
+        """Offer a device of the command line under its name, if there is an NBD server."""
+        is_new = subject_of(option) not in self._earlier
+        if isinstance(option, FileDevice) and is_new and self._services.exports.server is not None:
+            node = self._services.devices.get(option.name).node
+            await self._services.exports.add(option.name, node, name=option.name, writable=not node.read_only)
+
+    async def accept(self, _argument: str, option: Option) -> None:
+        """Let in NBD clients that may have connected before we were started: all exports are there."""
+        server = self._services.exports.server
+        if isinstance(option, NbdServer) and isinstance(option.addr, FdAddress) and server is not None:
+            server.listen_fd(option.addr.fd)
+
+
+async def _listen(server: Server, option: NbdServer) -> None:
+    match option.addr:
+        case UnixAddress(path=path):
+            server.listen_unix(path)
+        case InetAddress(host=host, port=port):
+            await server.listen_tcp(host, port)

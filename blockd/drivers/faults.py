@@ -1,0 +1,95 @@
+"""The options of the `faults` driver: rules in the words of QEMU's blkdebug, and delays of our own."""
+
+import errno
+from collections.abc import Iterator
+
+from blockd.block.file_events import FileEvent
+from blockd.block.node import BlockNode
+from blockd.block.options import Check, Field, Fields, Options, array, choice, flag, integer, node, record
+from blockd.drivers.opening import Opening, Wanted
+from blockd.errors import RequestError
+from blockd.filters.fault_rules import DEFAULT_IO_TYPES, Fault, FaultRules, IoType, Rule, StateRule
+from blockd.filters.faults import FaultsNode
+
+DELAY_MS_MAX = 3_600_000
+
+_RULE: Fields = {
+    "event": Field(choice(*FileEvent), is_required=True),
+    "state": Field(integer),
+    "iotype": Field(choice(*IoType)),
+    "sector": Field(integer),
+    "once": Field(flag),
+}
+_STATE: Fields = {
+    "event": Field(choice(*FileEvent), is_required=True),
+    "state": Field(integer),
+    "new_state": Field(integer, is_required=True),
+}
+
+
+def _rules(fields: Fields) -> Check:
+    return array(record(fields))
+
+
+FAULTS: Fields = {
+    "image": Field(node, is_required=True),
+    # Nothing is answered without waiting here, so `immediately` changes nothing.
+    "inject-error": Field(_rules({**_RULE, "errno": Field(integer), "immediately": Field(flag)})),
+    "delay": Field(_rules({**_RULE, "milliseconds": Field(integer, is_required=True)})),
+    "set-state": Field(_rules(_STATE)),
+}
+
+
+async def open_faults(opening: Opening, wanted: Wanted) -> BlockNode:
+    """Open a file and what makes it fail."""
+    rules = FaultRules(
+        [
+            _rule(given, Fault(errno=_number(given, "errno", errno.EIO)))
+            for given in _each(wanted, "inject-error")
+        ],
+        [_rule(given, Fault(delay_s=_delay_ms(given) / 1000)) for given in _each(wanted, "delay")],
+        [
+            StateRule(_event(given), _number(given, "new_state"), _number(given, "state"))
+            for given in _each(wanted, "set-state")
+        ],
+    )
+    image = await opening.file(wanted, "image")
+    return opening.add(FaultsNode(image, rules, node_name=wanted.node_name))
+
+
+def _each(wanted: Wanted, name: str) -> Iterator[Options]:
+    given = wanted.options.get(name, [])
+    assert isinstance(given, list)
+    for options in given:
+        assert isinstance(options, dict)
+        yield options
+
+
+def _rule(given: Options, fault: Fault) -> Rule:
+    io_types = frozenset({IoType(str(given["iotype"]))}) if "iotype" in given else DEFAULT_IO_TYPES
+    sector = _number(given, "sector", -1)
+    return Rule(
+        _event(given),
+        fault,
+        state=_number(given, "state"),
+        io_types=io_types,
+        sector=None if sector == -1 else sector,
+        once=bool(given.get("once")),
+    )
+
+
+def _event(given: Options) -> FileEvent:
+    return FileEvent(str(given["event"]))
+
+
+def _number(given: Options, name: str, default: int = 0) -> int:
+    value = given.get(name, default)
+    assert isinstance(value, int)
+    return value
+
+
+def _delay_ms(given: Options) -> int:
+    delay_ms = _number(given, "milliseconds")
+    if not 0 <= delay_ms <= DELAY_MS_MAX:
+        raise RequestError(f"Parameter 'milliseconds' must be between 0 and {DELAY_MS_MAX}")
+    return delay_ms

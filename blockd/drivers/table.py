@@ -1,0 +1,158 @@
+"""The drivers: what each is called, which options it takes, and how its nodes are opened.
+
+Options that only tune QEMU's own caches and threads are accepted, so that its command lines work
+unchanged, and have no effect: blockd reads through the page cache and decides these things by itself.
+"""
+
+import os
+from collections.abc import Mapping
+
+from blockd.aio import in_thread
+from blockd.block.chain import chain
+from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
+from blockd.block.options import Check, Field, Fields, choice, flag, integer, node, node_or_none, record, text
+from blockd.block.probe import Signature
+from blockd.drivers.faults import FAULTS, open_faults
+from blockd.drivers.opening import Driver, Format, Opening, Wanted
+from blockd.errors import BlockdError, ErrorKind, RequestError
+from blockd.filters.blkstream import BlkStream
+from blockd.filters.throttle import Throttle
+from blockd.formats.qcow2 import header as qcow2_header
+from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.raw.image import RawImage
+
+
+def _optional(**checks: Check) -> dict[str, Field]:
+    return {name.replace("_", "-"): Field(check) for name, check in checks.items()}
+
+
+_EVERY_NODE: Fields = _optional(
+    node_name=text,
+    discard=choice("ignore", "unmap"),
+    cache=record(_optional(direct=flag, no_flush=flag)),
+    read_only=flag,
+    auto_read_only=flag,
+    force_share=flag,
+    detect_zeroes=choice("off", "on", "unmap"),
+)
+_FILE: Fields = {
+    **_EVERY_NODE,
+    "filename": Field(text, is_required=True),
+    **_optional(
+        locking=choice("auto", "on", "off"),
+        aio=choice("threads", "native", "io_uring"),
+        aio_max_batch=integer,
+        drop_cache=flag,
+    ),
+}
+_ON_A_FILE: Fields = {**_EVERY_NODE, "file": Field(node, is_required=True)}
+_QCOW2: Fields = {
+    **_ON_A_FILE,
+    **_optional(
+        backing=node_or_none,
+        lazy_refcounts=flag,
+        pass_discard_request=flag,
+        pass_discard_snapshot=flag,
+        pass_discard_other=flag,
+        overlap_check=choice("none", "constant", "cached", "all"),
+        cache_size=integer,
+        l2_cache_size=integer,
+        l2_cache_entry_size=integer,
+        refcount_cache_size=integer,
+        cache_clean_interval=integer,
+    ),
+}
+_THROTTLE: Fields = {**_ON_A_FILE, "throttle-group": Field(text, is_required=True)}
+_COPY_ON_READ: Fields = {**_ON_A_FILE, **_optional(bottom=text)}
+
+
+async def _open_file(opening: Opening, wanted: Wanted) -> BlockNode:
+    path = str(wanted.options["filename"])
+    if not path:
+        raise RequestError(f"The '{wanted.options['driver']}' block driver requires a file name")
+    await in_thread(opening.paths.allow_file, path)
+    read_only = wanted.read_only
+    if wanted.may_be_read_only and not read_only:
+        read_only = not await in_thread(os.access, path, os.W_OK)
+    return await opening.open_file(path, wanted.node_name, read_only=read_only)
+
+
+async def _open_raw(opening: Opening, wanted: Wanted) -> BlockNode:
+    file = await opening.file(wanted)
+    read_only = wanted.read_only or file.read_only
+    return opening.add(await RawImage.open(file, node_name=wanted.node_name, read_only=read_only))
+
+
+async def _open_qcow2(opening: Opening, wanted: Wanted) -> BlockNode:
+    file = await opening.file(wanted)
+    read_only = wanted.read_only or file.read_only
+    image = opening.add(await Qcow2Image.open(file, node_name=wanted.node_name, read_only=read_only))
+    if "backing" not in wanted.options:
+        await opening.open_recorded_backing(image)
+    elif wanted.options["backing"] is not None:
+        try:
+            image.backing = await opening.child(wanted, "backing", read_only=True)
+        except BlockdError as error:
+            raise RequestError(f"Could not open backing file: {error.message}", kind=error.kind) from error
+    return image
+
+
+async def _open_throttle(opening: Opening, wanted: Wanted) -> BlockNode:
+    child = await opening.child(wanted, "file")
+    if wanted.read_only and not child.read_only:
+        raise RequestError(
+            f"'{wanted.node_name}' is as writable as '{child.node_name}' below it: make that read-only"
+        )
+    group = opening.find_throttle_group(str(wanted.options["throttle-group"]))
+    return opening.add(Throttle(child, group, node_name=wanted.node_name))
+
+
+async def _open_copy_on_read(opening: Opening, wanted: Wanted) -> BlockNode:
+    active = await opening.child(wanted, "file")
+    bottom = wanted.options.get("bottom")
+    return opening.add(copy_on_read(active, wanted.node_name, bottom=None if bottom is None else str(bottom)))
+
+
+def copy_on_read(active: BlockNode, node_name: str, *, bottom: str | None = None) -> BlkStream:
+    """Put copy-on-read in front of an image; what stands below the node `bottom` is not copied.
+
+    Raises:   RequestError: nothing can be copied into this node, or there is no such node below it.
+    """
+    if not isinstance(active, OverlayNode) or active.read_only:
+        raise RequestError(
+            f"Cannot copy on read into '{active.node_name}': it is not a writable image with a backing file",
+            kind=ErrorKind.NOT_SUPPORTED,
+        )
+    if bottom is None:
+        return BlkStream(active, None, node_name)
+    for layer in chain(active):
+        if layer.node_name == bottom:
+            return BlkStream(active, layer.backing, node_name)
+    raise RequestError(f"Node '{bottom}' is not in a chain starting from '{active.node_name}'")
+
+
+DRIVERS: Mapping[str, Driver] = {
+    "file": Driver(_open_file, _FILE),
+    "host_device": Driver(_open_file, _FILE),
+    "raw": Driver(_open_raw, _ON_A_FILE),
+    "qcow2": Driver(_open_qcow2, _QCOW2),
+    "throttle": Driver(_open_throttle, _THROTTLE),
+    "blkstream": Driver(_open_copy_on_read, _COPY_ON_READ),
+    "copy-on-read": Driver(_open_copy_on_read, _COPY_ON_READ),
+    "faults": Driver(open_faults, {**_EVERY_NODE, **FAULTS}),
+    "blkdebug": Driver(open_faults, {**_EVERY_NODE, **FAULTS}),
+}
+
+
+async def _raw_image(file: ProtocolNode, node_name: str, read_only: bool) -> BlockNode:
+    return await RawImage.open(file, node_name=node_name, read_only=read_only)
+
+
+async def _qcow2_image(file: ProtocolNode, node_name: str, read_only: bool) -> BlockNode:
+    return await Qcow2Image.open(file, node_name=node_name, read_only=read_only)
+
+
+FORMATS: Mapping[str, Format] = {
+    "qcow2": Format(_qcow2_image, Signature(".qcow2", qcow2_header.probe)),
+    "raw": Format(_raw_image, Signature(".raw", None)),
+}

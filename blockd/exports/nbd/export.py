@@ -1,0 +1,52 @@
+"""One disk under one name, as clients find it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from blockd.block.root import Root
+from blockd.wire.nbd import constants as nbd
+from blockd.wire.nbd.haggling import ExportInfo
+
+# Every connection runs on the same node, so a flush on one covers what all of them wrote: multi-conn.
+_FLAGS = (
+    nbd.TRANSMISSION_HAS_FLAGS
+    | nbd.TRANSMISSION_SEND_FLUSH
+    | nbd.TRANSMISSION_SEND_FUA
+    | nbd.TRANSMISSION_CAN_MULTI_CONN
+    | nbd.TRANSMISSION_SEND_CACHE
+)
+_WRITE_FLAGS = (
+    nbd.TRANSMISSION_SEND_TRIM | nbd.TRANSMISSION_SEND_WRITE_ZEROES | nbd.TRANSMISSION_SEND_FAST_ZERO
+)
+
+
+@dataclass(eq=False)
+class Export:
+    """A root as the NBD server offers it; `export_id` is what commands call it, `name` what clients do."""
+
+    name: str
+    root: Root
+    writable: bool
+    description: str = ""
+    export_id: str = ""
+
+    def info(self, *, structured: bool) -> ExportInfo:
+        """Size and transmission flags as they are now."""
+        flags = _FLAGS | (_WRITE_FLAGS if self.writable else nbd.TRANSMISSION_READ_ONLY)
+        return ExportInfo(self.root.size, flags | (nbd.TRANSMISSION_SEND_DF if structured else 0))
+
+
+class Terms(NamedTuple):
+    """What client and server agreed on when the haggling ended."""
+
+    export: Export
+    structured: bool
+    has_allocation: bool  # base:allocation was negotiated for this export
+
+
+def find_export(exports: Mapping[str, Export], name: str) -> Export | None:
+    """Look an export up; the empty name means the only one there is."""
+    if not name and len(exports) == 1:
+        return next(iter(exports.values()))
+    return exports.get(name)

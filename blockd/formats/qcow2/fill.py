@@ -1,0 +1,257 @@
+"""Filling: how a stream or copy-on-read puts data where the image holds nothing yet.
+
+The copy goes to clusters that nothing names, in one thread hop that reads, finds zeroes, writes and
+starts the write-back. Only then is the map changed, cluster by cluster, where the cluster is still
+empty and still wanted. A guest write that comes meanwhile therefore never waits for a copy, and a
+copy never overwrites one.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockd.aio import in_thread
+from blockd.block.file_events import FileEvent
+from blockd.block.node import FillCounts, Segment
+from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
+from blockd.formats.qcow2.allocator import Run
+from blockd.formats.qcow2.mapping import COPIED, ZERO
+from blockd.formats.qcow2.metadata import Metadata
+from blockd.units import align_down, align_up
+
+if TYPE_CHECKING:
+    from blockd.formats.qcow2.image import Qcow2Image
+
+Write = Callable[[int, memoryview], None]
+
+_scratch = threading.local()
+
+# What writing past the page cache asks of memory.
+MEMORY_ALIGNMENT = 4096
+
+
+class Piece(NamedTuple):
+    """Neighbouring empty clusters of the guest, and where their copy goes; no run: all zeroes."""
+
+    offset: int
+    cluster_count: int
+    run: Run | None
+
+
+async def fill(
+    image: "Qcow2Image",
+    offset: int,
+    length: int,
+    source: list[Segment],
+    is_wanted: Callable[[int], bool],
+    *,
+    keep_cached: bool,
+) -> FillCounts:
+    """Do what `OverlayNode.fill` promises."""
+    metadata = image.metadata
+    await metadata.relieve()
+    pieces: list[Piece] = []
+    try:
+        for start, end in await _empty_ranges(image, offset, length):
+            for piece_start, piece_end, is_zero in _split_zeroes(image, start, end, offset, source):
+                pieces += await _place(metadata, piece_start, piece_end, is_zero=is_zero)
+        copied = [piece for piece in pieces if piece.run is not None]
+        image.file.announce(FileEvent.COR_WRITE)
+        write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
+        zero_clusters = await _copy(image.cluster_size, copied, offset, source, write) if copied else set()
+    except BaseException:
+        _give_back(metadata, pieces)
+        raise
+    return await _publish(metadata, pieces, zero_clusters, is_wanted)
+
+
+async def _empty_ranges(image: "Qcow2Image", offset: int, length: int) -> list[tuple[int, int]]:
+    """The ranges of unallocated clusters, rounded up to whole clusters at the disk's end."""
+    ranges = []
+    end = offset + length
+    while offset < end:
+        for start, count, entry in await image.runs(offset, end - offset):
+            offset = start + count
+            if not entry:
+                ranges.append((start, align_up(offset, image.cluster_size)))
+    return ranges
+
+
+def _split_zeroes(
+    image: "Qcow2Image", start: int, end: int, source_offset: int, source: list[Segment]
+) -> Iterator[tuple[int, int, bool]]:
+    """Split a range of clusters by whether the source plan says that they are all zeroes."""
+    position = start
+    for segment in clipped(source, start - source_offset, end - start):
+        segment_end = start + segment.length
+        start = segment_end
+        if segment.source is not None:
+            continue
+        zero_start = align_up(segment_end - segment.length, image.cluster_size)
+        is_last = segment_end >= image.size
+        zero_end = end if is_last else align_down(segment_end, image.cluster_size)
+        if zero_start < zero_end:
+            if position < zero_start:
+                yield position, zero_start, False
+            yield zero_start, zero_end, True
+            position = zero_end
+    if position < end:
+        yield position, end, False
+
+
+async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> list[Piece]:
+    """Allocate clusters for a range, in as few runs as there are.
+
+    Fails to: nothing is allocated.
+    """
+    bits = metadata.header.cluster_bits
+    cluster_count = (end - start) >> bits
+    if is_zero:
+        return [Piece(start, cluster_count, None)]
+    pieces: list[Piece] = []
+    try:
+        while cluster_count:
+            run = await metadata.allocate(cluster_count)
+            pieces.append(Piece(start, run.cluster_count, run))
+            start += run.cluster_count << bits
+            cluster_count -= run.cluster_count
+    except BaseException:
+        _give_back(metadata, pieces)
+        raise
+    return pieces
+
+
+def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        if piece.run is not None:
+            metadata.allocator.give_back(piece.run)
+
+
+# -- copying ----------------------------------------------------------------------------------
+
+
+async def _copy(
+    cluster_size: int, pieces: list[Piece], offset: int, source: list[Segment], write: Write
+) -> set[int]:
+    """Copy the source into the pieces' clusters; returns the guest offsets of those that are all zeroes."""
+    length = sum(segment.length for segment in source)
+    data: memoryview | None = None
+    if not can_read_blocking(source):
+        data = memoryview(await read_segments(source, length))
+
+    def read(start: int, buffer: memoryview) -> None:
+        stored = min(len(buffer), offset + length - start)
+        if data is not None:
+            buffer[:stored] = data[start - offset : start - offset + stored]
+        else:
+            readinto_segments_blocking(clipped(source, start - offset, stored), buffer[:stored])
+        buffer[stored:] = bytes(len(buffer) - stored)
+
+    return await in_thread(_copy_blocking, cluster_size, pieces, read, write)
+
+
+def _copy_blocking(
+    cluster_size: int, pieces: list[Piece], read: Callable[[int, memoryview], None], write: Write
+) -> set[int]:
+    zero_clusters: set[int] = set()
+    for piece in pieces:
+        assert piece.run is not None
+        length = piece.cluster_count * cluster_size
+        buffer, first = _scratch_buffer(length)
+        view = memoryview(buffer)[first : first + length]
+        read(piece.offset, view)
+        start = 0
+        for position in _zero_clusters(buffer, first, length, cluster_size):
+            zero_clusters.add(piece.offset + position)
+            if start < position:
+                write(piece.run.host_offset + start, view[start:position])
+            start = position + cluster_size
+        if start < length:
+            write(piece.run.host_offset + start, view[start:])
+    return zero_clusters
+
+
+def _zero_clusters(buffer: bytearray, first: int, length: int, cluster_size: int) -> Iterator[int]:
+    """The positions of all-zero clusters; comparing stops at the first byte that differs."""
+    zero_cluster = bytes(cluster_size)
+    for position in range(0, length, cluster_size):
+        if buffer.startswith(zero_cluster, first + position):
+            yield position
+
+
+def _scratch_buffer(length: int) -> tuple[bytearray, int]:
+    """This thread's buffer, and where in it an aligned part of `length` bytes begins.
+
+    Kept, because memory that was used before is much faster than new memory.
+    """
+    scratch: tuple[bytearray, int] | None = getattr(_scratch, "buffer", None)
+    if scratch is None or len(scratch[0]) < length + MEMORY_ALIGNMENT:
+        buffer = bytearray(length + MEMORY_ALIGNMENT)
+        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+        scratch = _scratch.buffer = (buffer, -address % MEMORY_ALIGNMENT)
+    return scratch
+
+
+# -- publishing -------------------------------------------------------------------------------
+
+
+async def _publish(
+    metadata: Metadata, pieces: list[Piece], zero_clusters: set[int], is_wanted: Callable[[int], bool]
+) -> FillCounts:
+    """Put the copies into the map; what is not published is given back."""
+    copied = zeroed = dropped = 0
+    size = metadata.header.cluster_size
+    waiting = pieces[::-1]
+    try:
+        while waiting:
+            piece, rest = _split_at_table(waiting[-1], metadata)
+            await metadata.writable_table(piece.offset >> metadata.mapping.table_bits)
+            counts = _publish_piece(metadata, piece, zero_clusters, is_wanted)
+            waiting[-1:] = [rest] if rest is not None else []
+            copied, zeroed, dropped = copied + counts[0], zeroed + counts[1], dropped + counts[2]
+    except BaseException:
+        _give_back(metadata, waiting)
+        raise
+    return FillCounts(copied * size, zeroed * size, dropped * size)
+
+
+def _split_at_table(piece: Piece, metadata: Metadata) -> tuple[Piece, Piece | None]:
+    """The part of a piece that one L2 table maps, and the rest."""
+    bits, table_bits = metadata.header.cluster_bits, metadata.mapping.table_bits
+    count = ((((piece.offset >> table_bits) + 1) << table_bits) - piece.offset) >> bits
+    if count >= piece.cluster_count:
+        return piece, None
+    first = second = None
+    if piece.run is not None:
+        first = Run(piece.run.host_offset, count)
+        second = Run(piece.run.host_offset + (count << bits), piece.cluster_count - count)
+    rest = Piece(piece.offset + (count << bits), piece.cluster_count - count, second)
+    return Piece(piece.offset, count, first), rest
+
+
+def _publish_piece(
+    metadata: Metadata, piece: Piece, zero_clusters: set[int], is_wanted: Callable[[int], bool]
+) -> tuple[int, int, int]:
+    """Publish a piece that one table in memory maps; returns the clusters copied, zeroed and dropped."""
+    mapping, size = metadata.mapping, metadata.header.cluster_size
+    l1_index = piece.offset >> mapping.table_bits
+    table = mapping.tables[l1_index]
+    index = (piece.offset >> mapping.cluster_bits) & mapping.index_mask
+    entries = table.entries[index : index + piece.cluster_count].tolist()
+    counts = [0, 0, 0]
+    for number, old in enumerate(entries):
+        offset = piece.offset + number * size
+        is_zero = piece.run is None or offset in zero_clusters
+        is_dropped = old != 0 or not is_wanted(offset)
+        if piece.run is not None and (is_zero or is_dropped):
+            metadata.allocator.give_back(Run(piece.run.host_offset + number * size, 1))
+        if is_dropped:
+            counts[2] += 1
+            continue
+        counts[is_zero] += 1
+        entries[number] = (
+            ZERO if is_zero or piece.run is None else (piece.run.host_offset + number * size) | COPIED
+        )
+    mapping.set_entries(l1_index, table, index, entries)
+    return counts[0], counts[1], counts[2]

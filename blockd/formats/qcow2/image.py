@@ -1,0 +1,325 @@
+"""A qcow2 image as a node: how guest requests find their clusters.
+
+Reads never take a lock: they look the map up, and what they planned is kept from being reused
+until they are done (`Allocator.plan`). Writes to clusters of their own go straight to the file;
+everything that changes the map is in writes.py and fill.py.
+"""
+
+from collections.abc import Callable, Iterator
+from collections.abc import Mapping as MappingView
+from typing import Self
+
+from blockd.block.file_events import FileEvent
+from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.segments import read_segments, zeroes
+from blockd.errors import ErrorKind, ImageError, RequestError
+from blockd.extents import Extent, Kind, merged
+from blockd.formats.qcow2.compressed import CompressedCluster
+from blockd.formats.qcow2.fill import fill
+from blockd.formats.qcow2.mapping import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    STATE_MASK,
+    ZERO,
+    L2Table,
+    compressed_extent,
+)
+from blockd.formats.qcow2.metadata import Metadata
+from blockd.formats.qcow2.resize import grow
+from blockd.formats.qcow2.writes import GuestWrites
+from blockd.units import MIB, align_down
+
+# A range of clusters that differ in where they are, or one that would have to be looked up on disk.
+_MIXED = -1
+
+# Larger requests are read with one thread hop: copying this much takes long enough.
+NOWAIT_LENGTH_MAX = 1 * MIB
+
+# How many clusters are looked up before others get their turn.
+RUN_CLUSTER_COUNT_MAX = 512
+
+
+class Qcow2Image(OverlayNode):
+    """A qcow2 version 3 image; read-only also version 2 and images that were not closed cleanly."""
+
+    driver = "qcow2"
+
+    def __init__(self, metadata: Metadata, *, node_name: str, read_only: bool) -> None:
+        super().__init__(node_name, metadata.file.filename, metadata.header.size, read_only=read_only)
+        self.file = metadata.file
+        self._use(metadata)
+        self._is_closed = False
+
+    def _use(self, metadata: Metadata) -> None:
+        """Take over what was read from the file."""
+        header = metadata.header
+        self.metadata = metadata
+        self.size = header.size
+        self.cluster_size = header.cluster_size
+        self.backing_filename = header.backing_filename
+        self.backing_format = header.backing_format
+        self._mapping = metadata.mapping
+        self._reserved = metadata.reserved
+        self._cluster_bits = header.cluster_bits
+        self._cluster_mask = header.cluster_size - 1
+        self._table_bits = metadata.mapping.table_bits
+        self._index_mask = metadata.mapping.index_mask
+        self._writes = GuestWrites(self, metadata)
+
+    @classmethod
+    async def open(cls, file: ProtocolNode, *, node_name: str, read_only: bool) -> Self:
+        """Open the image in `file`; the caller opens the backing and puts it into `backing`.
+
+        Raises:   ImageError: not a qcow2 image, or a field that is wrong or not supported.
+        """
+        metadata = await Metadata.load(file, read_only=read_only)
+        return cls(metadata, node_name=node_name, read_only=read_only)
+
+    def children(self) -> MappingView[str, BlockNode]:
+        below: dict[str, BlockNode] = {"file": self.file}
+        if self.backing is not None:
+            below["backing"] = self.backing
+        return below
+
+    # -- looking up ---------------------------------------------------------------------------
+
+    def entry_nowait(self, offset: int, length: int, mask: int = STATE_MASK) -> int:
+        """The masked map entry of a range whose clusters are alike, and neighbours where they have a place.
+
+        Returns a negative number for any other range, and when a table has to be read first.
+        """
+        l1_index = offset >> self._table_bits
+        last = offset + length - 1
+        if last >> self._table_bits != l1_index:
+            return _MIXED
+        table = self._mapping.tables.get(l1_index) or self._mapping.table_nowait(l1_index)
+        if table is None:
+            return _MIXED if self._mapping.l1[l1_index] else 0
+        index = (offset >> self._cluster_bits) & self._index_mask
+        count = (last >> self._cluster_bits) - (offset >> self._cluster_bits)
+        entry = first = table.entries[index] & mask
+        if count:
+            step = self.cluster_size if entry & OFFSET_MASK else 0
+            for following in table.entries[index + 1 : index + 1 + count]:
+                entry += step
+                if following & mask != entry:
+                    return _MIXED
+        if first & OFFSET_MASK & self._cluster_mask and not first & COMPRESSED:
+            raise self._corrupt(offset, first)
+        return first
+
+    def _corrupt(self, offset: int, entry: int) -> ImageError:
+        return ImageError(
+            f"'{self.filename}': the cluster of guest offset {offset:#x} has the unaligned host offset "
+            f"{entry & OFFSET_MASK:#x}"
+        )
+
+    def _misplaced(self, offset: int, host_offset: int) -> ImageError:
+        what = (
+            "the image's own metadata" if host_offset in self._reserved else "nothing: the file ends before"
+        )
+        return ImageError(
+            f"'{self.filename}': the map names {host_offset:#x} for the data of guest offset {offset:#x}, "
+            f"and there is {what}; check the image"
+        )
+
+    def kind_nowait(self, offset: int, length: int) -> Kind | None:
+        entry = self.entry_nowait(offset, length)
+        return None if entry < 0 else _kind(entry)
+
+    async def runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Look a range up, reading tables as needed: (offset, length, entry) of clusters that are alike.
+
+        May stop before the end of the range: after one table, a stretch without tables, or many clusters.
+        """
+        l1_index = offset >> self._table_bits
+        table = await self._mapping.table(l1_index)
+        if table is None:
+            return [(offset, self._unmapped_length(l1_index, offset, length), 0)]
+        end = min(offset + length, (l1_index + 1) << self._table_bits)
+        end = min(end, align_down(offset, self.cluster_size) + RUN_CLUSTER_COUNT_MAX * self.cluster_size)
+        return list(self._table_runs(table, offset, end))
+
+    def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        start, first, distance = offset, None, 0
+        for cluster_offset in range(align_down(offset, self.cluster_size), end, self.cluster_size):
+            entry = table.entries[(cluster_offset >> self._cluster_bits) & self._index_mask] & STATE_MASK
+            if first is None or not _continues(first, distance, entry):
+                if first is not None:
+                    yield start, cluster_offset - start, first
+                if entry & OFFSET_MASK & self._cluster_mask and not entry & COMPRESSED:
+                    raise self._corrupt(cluster_offset, entry)
+                start, first, distance = max(offset, cluster_offset), entry, 0
+            distance += self.cluster_size
+        if first is not None:
+            yield start, end - start, first
+
+    def _unmapped_length(self, l1_index: int, offset: int, length: int) -> int:
+        end = offset + length
+        while (next_offset := (l1_index + 1) << self._table_bits) < end and not self._mapping.l1[
+            l1_index + 1
+        ]:
+            l1_index += 1
+        return min(next_offset, end) - offset
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read_own_nowait(self, offset: int, length: int) -> Buffer | None:
+        entry = self.entry_nowait(offset, length)
+        if entry <= 0 or entry & COMPRESSED or length > NOWAIT_LENGTH_MAX:
+            return None
+        if entry & ZERO:
+            return zeroes(length)
+        return self.file.read_nowait((entry & OFFSET_MASK) | offset & self._cluster_mask, length)
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        entry = self.entry_nowait(offset, length)
+        if entry < 0 or entry & COMPRESSED or length > NOWAIT_LENGTH_MAX:
+            return None
+        if entry & ZERO:
+            return zeroes(length)
+        if entry:
+            return self.file.read_nowait((entry & OFFSET_MASK) | offset & self._cluster_mask, length)
+        if self.backing is None:
+            return zeroes(length)
+        if offset + length > self.backing.size:
+            return None
+        return self.backing.read_nowait(offset, length)
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        with self.metadata.allocator.plan():
+            return await read_segments(await self.plan_read(offset, length), length)
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        segments: list[Segment] = []
+        end = offset + length
+        while offset < end:
+            for start, count, entry in await self.runs(offset, end - offset):
+                segments += await self._plan_run(start, count, entry)
+                offset = start + count
+        return segments
+
+    async def _plan_run(self, offset: int, length: int, entry: int) -> list[Segment]:
+        kind = _kind(entry)
+        if entry & COMPRESSED:
+            self.file.announce(FileEvent.READ_COMPRESSED)
+            return [Segment(length, self._compressed_cluster(entry), offset & self._cluster_mask)]
+        if kind is Kind.DATA:
+            if entry & OFFSET_MASK >= self.file.size:
+                raise self._misplaced(offset, entry & OFFSET_MASK)
+            self.file.announce(FileEvent.READ_AIO)
+            return [Segment(length, self.file, (entry & OFFSET_MASK) | offset & self._cluster_mask)]
+        backing = self.backing
+        if kind is Kind.ZERO or backing is None or offset >= backing.size:
+            return [Segment(length, None, 0)]
+        self.file.announce(FileEvent.READ_BACKING_AIO)
+        stored = min(length, backing.size - offset)
+        below = await backing.plan_read(offset, stored)
+        return below if stored == length else [*below, Segment(length - stored, None, 0)]
+
+    def _compressed_cluster(self, entry: int) -> CompressedCluster:
+        stored = compressed_extent(entry, self._cluster_bits)
+        return CompressedCluster(self.file, *stored, self.metadata.header)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        runs = await self.runs(offset, length)
+        return list(merged(Extent(start, count, _kind(entry)) for start, count, entry in runs))
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def own_host_offset(self, offset: int, length: int) -> int | None:
+        """Where a range may be written in place: mapped, neighbouring clusters with one user each."""
+        entry = self.entry_nowait(offset, length, STATE_MASK | COPIED)
+        if entry < 0 or entry & (COPIED | COMPRESSED | ZERO) != COPIED:
+            return None
+        host_offset = entry & OFFSET_MASK
+        in_cluster = offset & self._cluster_mask
+        for cluster in range(host_offset, host_offset + in_cluster + length, self.cluster_size):
+            if cluster in self._reserved or cluster >= self.file.size:
+                raise self._misplaced(offset, cluster)
+        return host_offset | in_cluster
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        length = len(data)
+        if self._writes.is_in_flight(offset, length) or self.read_only:
+            return False
+        host_offset = self.own_host_offset(offset, length)
+        if host_offset is None:
+            return self._writes.write_new_nowait(offset, data)
+        return self.file.write_nowait(host_offset, data)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        self._require_writable()
+        await self._writes.write(offset, memoryview(data))
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        self._require_writable()
+        await self._writes.write_zeroes(offset, length, unmap=unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        self._require_writable()
+        await self._writes.discard(offset, length)
+
+    async def flush(self) -> None:
+        if not self.read_only:
+            self.file.announce(FileEvent.FLUSH_TO_OS)
+            await self.metadata.flush()
+
+    async def fill(
+        self,
+        offset: int,
+        length: int,
+        source: list[Segment],
+        is_wanted: Callable[[int], bool],
+        *,
+        keep_cached: bool = False,
+    ) -> FillCounts:
+        self._require_writable()
+        return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
+
+    async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
+        self._require_writable()
+        await self.metadata.change_backing(filename, backing_format)
+        self.backing_filename, self.backing_format = filename, backing_format if filename else None
+
+    async def resize(self, size: int) -> None:
+        self._require_writable()
+        await grow(self, size)
+
+    async def reopen(self, *, read_only: bool) -> None:
+        await self.flush()
+        if not read_only:
+            # Read again: the image may be written only if it is as it should be now.
+            self._use(await Metadata.load(self.file, read_only=False))
+        self.read_only = read_only
+
+    async def close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            await self.flush()
+
+    def _require_writable(self) -> None:
+        if self.read_only:
+            raise RequestError(f"'{self.filename}' was opened read-only", kind=ErrorKind.READ_ONLY)
+        if self.file.failed is not None:
+            raise self.file.failed  # also what would only change the map: it could never reach the disk
+
+
+def _kind(entry: int) -> Kind:
+    if entry & COMPRESSED:
+        return Kind.DATA
+    if entry & ZERO:
+        return Kind.ZERO
+    return Kind.DATA if entry else Kind.UNALLOCATED
+
+
+def _continues(first: int, distance: int, entry: int) -> bool:
+    """Whether the cluster of `entry` goes on where a run that began `distance` bytes before ends."""
+    if (first | entry) & COMPRESSED:
+        return False
+    if (first | entry) & ZERO:
+        return bool(first & entry & ZERO)
+    if not first or not entry:
+        return first == entry
+    return entry == first + distance

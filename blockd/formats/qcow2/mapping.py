@@ -1,0 +1,223 @@
+"""Guest clusters to host clusters: the L1 table, and the L2 tables in bounded memory.
+
+An L2 entry (u64, big endian on disk, native here):
+
+    bit 0       reads as zeroes (version 3), whatever the host offset says
+    bits 9-55   host offset of the cluster; 0: unallocated, the backing decides
+    bit 62      compressed: the rest is a descriptor of its own
+    bit 63      COPIED: the refcount is exactly one, so the cluster may be written in place
+
+Memory holds the newest mapping; the disk gets it by checkpoints (checkpoint.py), which ask for the
+changes with `take_changes`. A changed table stays in memory until it has been written.
+
+Source: qcow2 specification, "Cluster mapping".
+"""
+
+import asyncio
+import sys
+from array import array
+from typing import NamedTuple
+
+from blockd.block.file_events import FileEvent
+from blockd.block.node import ProtocolNode
+from blockd.errors import ImageError
+from blockd.formats.qcow2.header import Header
+from blockd.units import MIB, SECTOR_SIZE
+
+ZERO = 1 << 0
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+COMPRESSED = 1 << 62
+COPIED = 1 << 63
+# What decides about a cluster's content: all but how many users it has.
+STATE_MASK = COPIED - 1
+
+# Tables of 64 KiB clusters map 512 MiB each: 128 GiB of disk stay in memory.
+L2_CACHE_SIZE_MAX = 16 * MIB
+L2_CACHE_COUNT_MIN = 8
+
+
+def compressed_extent(entry: int, cluster_bits: int) -> tuple[int, int]:
+    """Host offset and stored length of a compressed cluster; the last sector may be used in part."""
+    sector_shift = 62 - (cluster_bits - 8)
+    offset = entry & ((1 << sector_shift) - 1)
+    sector_count = ((entry & (COMPRESSED - 1)) >> sector_shift) + 1
+    return offset, sector_count * SECTOR_SIZE - offset % SECTOR_SIZE
+
+
+class L2Table:
+    """One L2 table in memory, and which of its entries the disk does not have yet."""
+
+    __slots__ = ("changed_from", "changed_to", "entries", "host_offset", "is_linked")
+
+    def __init__(self, host_offset: int, entries: "array[int]", *, is_linked: bool) -> None:
+        self.host_offset = host_offset
+        self.entries = entries
+        # Whether the L1 entry on disk points here; until then the table is not reachable.
+        self.is_linked = is_linked
+        self.changed_from = len(entries)
+        self.changed_to = 0
+
+
+class TableWrite(NamedTuple):
+    """Bytes of a table for the disk; `order` is native, packing to big endian is left to the thread."""
+
+    host_offset: int
+    entries: "array[int]"
+
+
+class MappingChanges(NamedTuple):
+    """What a checkpoint has to write: new tables first, then old tables and the L1 entries."""
+
+    new_tables: list[TableWrite]
+    updates: list[TableWrite]
+    l1_entries: list[TableWrite]
+    taken: dict[int, tuple[int, int]]  # by L1 index: the range of entries, to put back on failure
+
+
+def pack_entries(entries: "array[int]") -> bytes:
+    """Native table entries as big endian bytes."""
+    if sys.byteorder == "big":
+        return entries.tobytes()
+    swapped = entries[:]
+    swapped.byteswap()
+    return swapped.tobytes()
+
+
+def unpack_entries(data: bytes | bytearray | memoryview, typecode: str = "Q") -> "array[int]":
+    """Big endian table bytes as native entries."""
+    entries = array(typecode)
+    entries.frombytes(data)
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+class Mapping:
+    """The L1 table and a cache of L2 tables of one image."""
+
+    def __init__(self, file: ProtocolNode, header: Header, l1: "array[int]", reserved: set[int]) -> None:
+        self._file = file
+        self._reserved = reserved
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.l1_offset = header.l1_offset
+        self.l1 = l1
+        self.tables: dict[int, L2Table] = {}
+        self._changed: set[int] = set()
+        self._load_lock = asyncio.Lock()
+        self._table_count_max = max(L2_CACHE_COUNT_MIN, L2_CACHE_SIZE_MAX >> header.cluster_bits)
+        # How many guest offset bits one L2 table covers.
+        self.table_bits = 2 * header.cluster_bits - 3
+        self.index_mask = (1 << header.cluster_bits - 3) - 1
+
+    # -- looking up ---------------------------------------------------------------------------
+
+    def table_nowait(self, l1_index: int) -> L2Table | None:
+        """The table if it is in memory, or its pages are in the page cache."""
+        table = self.tables.get(l1_index)
+        if table is None and (host_offset := self.l1[l1_index] & OFFSET_MASK):
+            self._check_table_offset(l1_index, host_offset)
+            data = self._file.read_nowait(host_offset, self.cluster_size)
+            if data is not None:
+                table = self._insert(l1_index, L2Table(host_offset, unpack_entries(data), is_linked=True))
+        return table
+
+    async def table(self, l1_index: int) -> L2Table | None:
+        """The table, read if need be; None when the L1 entry says that there is none.
+
+        Locks:    one table is read at a time, so that a slow reader never brings back old entries.
+        """
+        if (table := self.table_nowait(l1_index)) is not None or not self.l1[l1_index]:
+            return table
+        async with self._load_lock:
+            if (table := self.tables.get(l1_index)) is not None:
+                return table
+            host_offset = self.l1[l1_index] & OFFSET_MASK
+            self._file.announce(FileEvent.L2_LOAD)
+            data = await self._file.read(host_offset, self.cluster_size)
+            return self._insert(l1_index, L2Table(host_offset, unpack_entries(data), is_linked=True))
+
+    def _check_table_offset(self, l1_index: int, host_offset: int) -> None:
+        if host_offset % self.cluster_size or host_offset + self.cluster_size > self._file.size:
+            raise ImageError(
+                f"'{self._file.filename}': L1 entry {l1_index} points to {host_offset:#x}, which is not a "
+                "table inside the file"
+            )
+
+    def _insert(self, l1_index: int, table: L2Table) -> L2Table:
+        if len(self.tables) >= self._table_count_max:
+            oldest = next((index for index in self.tables if index not in self._changed), None)
+            if oldest is not None:
+                del self.tables[oldest]
+        self.tables[l1_index] = table
+        return table
+
+    @property
+    def is_under_pressure(self) -> bool:
+        """Whether so many tables wait for a checkpoint that one should come now."""
+        return len(self._changed) * 2 > self._table_count_max
+
+    # -- changing -----------------------------------------------------------------------------
+
+    def add_table(self, l1_index: int, host_offset: int) -> L2Table:
+        """Put a new, empty table at a cluster that was allocated for it."""
+        entries = array("Q", bytes(self.cluster_size))
+        self.l1[l1_index] = host_offset | COPIED
+        self._reserved.add(host_offset)
+        table = L2Table(host_offset, entries, is_linked=False)
+        table.changed_from, table.changed_to = 0, len(entries)
+        self._changed.add(l1_index)
+        return self._insert(l1_index, table)
+
+    def set_entries(self, l1_index: int, table: L2Table, index: int, entries: list[int]) -> None:
+        """Publish new entries, neighbours from `index` on.
+
+        Needs:    `table` was looked up without waiting for anything since: it may be evicted otherwise.
+        """
+        end = index + len(entries)
+        table.entries[index:end] = array("Q", entries)
+        table.changed_from = min(table.changed_from, index)
+        table.changed_to = max(table.changed_to, end)
+        self._changed.add(l1_index)
+
+    def take_changes(self) -> MappingChanges:
+        """Hand out everything that the disk does not have, and count it as written."""
+        changes = MappingChanges([], [], [], {})
+        for l1_index in sorted(self._changed):
+            table = self.tables[l1_index]
+            start, end = table.changed_from, table.changed_to
+            write = TableWrite(table.host_offset + start * 8, table.entries[start:end])
+            if table.is_linked:
+                changes.updates.append(write)
+            else:
+                changes.new_tables.append(write)
+                changes.l1_entries.append(
+                    TableWrite(self.l1_offset + l1_index * 8, self.l1[l1_index : l1_index + 1])
+                )
+            changes.taken[l1_index] = (start, end)
+            table.changed_from, table.changed_to = len(table.entries), 0
+        # Still counted as changed, so that none is evicted before it is written.
+        return changes
+
+    def linked_l1(self) -> "array[int]":
+        """A copy of the L1 table as the disk has it: without tables that are not written yet."""
+        l1 = self.l1[:]
+        for l1_index in self._changed:
+            if not self.tables[l1_index].is_linked:
+                l1[l1_index] = 0
+        return l1
+
+    def changes_written(self, changes: MappingChanges) -> None:
+        """The disk has these changes now."""
+        for l1_index in changes.taken:
+            table = self.tables[l1_index]
+            table.is_linked = True
+            if table.changed_from >= table.changed_to:
+                self._changed.discard(l1_index)
+
+    def changes_failed(self, changes: MappingChanges) -> None:
+        """The disk may or may not have these changes: they have to be written again."""
+        for l1_index, (start, end) in changes.taken.items():
+            table = self.tables[l1_index]
+            table.changed_from = min(table.changed_from, start)
+            table.changed_to = max(table.changed_to, end)

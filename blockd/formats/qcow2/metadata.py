@@ -1,0 +1,265 @@
+"""All tables of one image, changed together: lookups, allocation, checkpoints, growing tables."""
+
+import asyncio
+import errno
+import struct
+from array import array
+from dataclasses import replace
+
+from blockd.aio import Coalesced, in_thread
+from blockd.block.file_events import FileEvent
+from blockd.block.node import ProtocolNode
+from blockd.errors import ImageError, RequestError, StorageError
+from blockd.formats.qcow2 import checkpoint
+from blockd.formats.qcow2 import header as headers
+from blockd.formats.qcow2.allocator import Allocator, Freed, Run
+from blockd.formats.qcow2.header import Header
+from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, TableWrite, unpack_entries
+
+
+class Metadata:
+    """The header, the map and the refcounts of one open image.
+
+    Locks:    `lock` is held while metadata goes to the disk, and never across guest data I/O.
+    """
+
+    def __init__(
+        self, file: ProtocolNode, header: Header, l1: "array[int]", refcount_table: "array[int]"
+    ) -> None:
+        self.file = file
+        self.header = header
+        # Host offsets of all clusters that hold metadata: no guest data is ever written there.
+        self.reserved = _metadata_clusters(header, l1, refcount_table)
+        self.mapping = Mapping(file, header, l1, self.reserved)
+        self.allocator = Allocator(file, header, refcount_table, self.reserved)
+        self.lock = asyncio.Lock()
+        # Make everything that was written before the call durable, maps included.
+        self.flush = Coalesced(self._flush)
+
+    @classmethod
+    async def load(cls, file: ProtocolNode, *, read_only: bool) -> "Metadata":
+        """Read the header and the tables that stay in memory.
+
+        Raises:   ImageError: not a qcow2 image, or a field that is wrong or not supported.
+        """
+        first = await file.read(0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
+        header = headers.parse(bytes(first), file.filename)
+        if not read_only:
+            _require_writable(header, file.filename)
+        l1_size = header.l1_entry_count * 8
+        l1 = await _load_table(file, header.l1_offset, l1_size, "L1 table") if l1_size else array("Q")
+        file.announce(FileEvent.REFTABLE_LOAD)
+        table_size = header.refcount_table_clusters * header.cluster_size
+        refcounts = await _load_table(file, header.refcount_table_offset, table_size, "refcount table")
+        metadata = cls(file, header, l1, refcounts)
+        if header.autoclear and not read_only:
+            # Whoever set these bits relies on nobody else writing to the image.
+            await in_thread(checkpoint.write_header_field, file, headers.AUTOCLEAR_FIELD, bytes(8))
+            metadata.header = replace(header, autoclear=0)
+        return metadata
+
+    # -- allocating ---------------------------------------------------------------------------
+
+    async def allocate(self, cluster_count: int) -> Run:
+        """Allocate neighbouring clusters, at least one and at most `cluster_count`."""
+        self.file.announce(FileEvent.CLUSTER_ALLOC)
+        while (run := self.allocator.allocate_nowait(cluster_count)) is None:
+            if not await self.allocator.extend():
+                await self._grow_refcount_table()
+        return run
+
+    async def _allocate_contiguous(self, cluster_count: int) -> Run:
+        while (run := await self.allocator.allocate_contiguous(cluster_count)) is None:
+            await self._grow_refcount_table()
+        return run
+
+    async def writable_table(self, l1_index: int) -> L2Table:
+        """The L2 table for an entry that is to be changed, made if there is none."""
+        table = await self.mapping.table(l1_index)
+        if table is None:
+            run = await self.allocate(1)
+            table = await self.mapping.table(l1_index)
+            if table is not None:
+                self.allocator.give_back(run)  # made by another writer meanwhile
+            else:
+                table = self.mapping.add_table(l1_index, run.host_offset)
+        if not self.mapping.l1[l1_index] & COPIED:
+            raise ImageError(f"'{self.file.filename}': the L2 table of L1 entry {l1_index} is shared")
+        return table
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    async def relieve(self) -> None:
+        """Make a checkpoint when too much waits for one; call before adding to what waits."""
+        if self.is_under_pressure:
+            await self.flush()
+
+    @property
+    def is_under_pressure(self) -> bool:
+        """Whether a checkpoint is due."""
+        return self.mapping.is_under_pressure or self.allocator.is_under_pressure
+
+    async def _flush(self) -> None:
+        async with self.lock:
+            await self.checkpoint_locked()
+
+    async def checkpoint_locked(self) -> None:
+        """Write all changes in order.
+
+        Fails to: nothing is lost in memory; the next checkpoint writes it again.
+        """
+        freed = self.allocator.take_unmapped()
+        refcounts = self.allocator.take_changes()
+        maps = self.mapping.take_changes()
+        try:
+            await in_thread(checkpoint.write_checkpoint, self.file, refcounts, maps)
+        except BaseException:
+            self.allocator.put_back_unmapped(freed)
+            self.allocator.changes_failed(refcounts)
+            self.mapping.changes_failed(maps)
+            raise
+        self.allocator.changes_written(refcounts)
+        self.mapping.changes_written(maps)
+        if freed or self.allocator.has_leaving:
+            await self._make_free(freed)
+
+    async def _make_free(self, freed: list[Freed]) -> None:
+        """Bring clusters that the durable maps no longer name back into use."""
+        try:
+            await self.allocator.drop(freed)
+        finally:
+            self.allocator.put_back_unmapped(freed)  # empty unless dropping failed
+        refcounts = self.allocator.take_changes()
+        try:
+            await in_thread(checkpoint.write_refcounts, self.file, refcounts)
+        except BaseException:
+            self.allocator.changes_failed(refcounts)
+            raise
+        self.allocator.changes_written(refcounts)
+        runs = self.allocator.take_leaving()
+        try:
+            await in_thread(checkpoint.punch, self.file, runs, self.header.cluster_size)
+        finally:
+            self.allocator.release(runs)
+
+    # -- changing the header ------------------------------------------------------------------
+
+    async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
+        """Make everything durable, then record another backing file, durably."""
+        async with self.lock:
+            await self.checkpoint_locked()
+            current = bytes(await self.file.read(0, self.header.cluster_size))
+            change = headers.change_backing(current, self.header, filename, backing_format)
+            await in_thread(checkpoint.write_header_change, self.file, change.prepared, change.final)
+            self.header = change.header
+
+    async def set_size(self, size: int) -> None:
+        """Record another virtual size, durably.
+
+        Needs:    an L1 table that is large enough.
+        """
+        async with self.lock:
+            await self.checkpoint_locked()
+            field = struct.pack(">Q", size)
+            await in_thread(checkpoint.write_header_field, self.file, headers.SIZE_FIELD, field)
+            self.header = replace(self.header, size=size)
+
+    async def grow_l1(self, size: int) -> None:
+        """Make the L1 table large enough for a disk of `size` bytes.
+
+        Raises:   RequestError: no L1 table can be that large.
+        """
+        entry_count = headers.l1_entry_count_for(size, self.header.cluster_bits)
+        if entry_count * 8 > headers.L1_SIZE_MAX:
+            raise RequestError(
+                f"A qcow2 image with {self.header.cluster_size} byte clusters cannot be so large"
+            )
+        if entry_count <= self.header.l1_entry_count:
+            return
+        self.file.announce(FileEvent.L1_GROW_ALLOC_TABLE)
+        run = await self._allocate_contiguous(_clusters_for(entry_count * 8, self.header.cluster_size))
+        async with self.lock:
+            await self.checkpoint_locked()
+            await self._move_l1(run, entry_count)
+
+    async def _move_l1(self, run: Run, entry_count: int) -> None:
+        added = array("Q", bytes((entry_count - len(self.mapping.l1)) * 8))
+        durable = self.mapping.linked_l1() + added
+        field = struct.pack(">IQ", entry_count, run.host_offset)
+        write = TableWrite(run.host_offset, durable)
+        await in_thread(checkpoint.move_l1, self.file, write, field)
+        old_clusters = _clusters_for(self.header.l1_entry_count * 8, self.header.cluster_size)
+        if old_clusters:
+            old = Run(self.header.l1_offset, old_clusters)
+            self.reserved.difference_update(self.allocator.host_offsets(old))
+            self.allocator.free(old)
+        self.reserved.update(self.allocator.host_offsets(run))
+        self.mapping.l1.extend(added)
+        self.mapping.l1_offset = run.host_offset
+        self.header = replace(self.header, l1_offset=run.host_offset, l1_entry_count=entry_count)
+
+    async def _grow_refcount_table(self) -> None:
+        self.file.announce(FileEvent.REFTABLE_GROW)
+        entry_count = len(self.allocator.table)
+        async with self.lock:
+            if len(self.allocator.table) > entry_count:
+                return  # grown by another writer meanwhile
+            larger = self.allocator.plan_larger_table()
+            if larger.new.cluster_count * self.header.cluster_size > headers.REFCOUNT_TABLE_SIZE_MAX:
+                raise StorageError(f"'{self.file.filename}' cannot grow any further", errno=errno.EFBIG)
+            field = struct.pack(">QI", larger.new.host_offset, larger.new.cluster_count)
+            await in_thread(checkpoint.move_refcount_table, self.file, larger.writes(), field)
+            self.allocator.use_larger_table(larger)
+            self.header = replace(
+                self.header,
+                refcount_table_offset=larger.new.host_offset,
+                refcount_table_clusters=larger.new.cluster_count,
+            )
+
+
+def _metadata_clusters(header: Header, l1: "array[int]", refcount_table: "array[int]") -> set[int]:
+    step = header.cluster_size
+    l1_end = header.l1_offset + header.l1_entry_count * 8
+    table_end = header.refcount_table_offset + header.refcount_table_clusters * step
+    clusters = {
+        0,
+        *range(header.l1_offset, l1_end, step),
+        *range(header.refcount_table_offset, table_end, step),
+    }
+    clusters.update(entry & OFFSET_MASK for entry in l1 if entry)
+    clusters.update(entry & OFFSET_MASK for entry in refcount_table if entry)
+    return clusters
+
+
+def _clusters_for(length: int, cluster_size: int) -> int:
+    return -(-length // cluster_size)
+
+
+async def _load_table(file: ProtocolNode, host_offset: int, length: int, what: str) -> "array[int]":
+    """Read a table that has to be inside the file: past its end is corrupt, never zeroes."""
+    if host_offset + length > file.size:
+        raise ImageError(f"'{file.filename}': the {what} at {host_offset:#x} runs past the end of the file")
+    return unpack_entries(await file.read(host_offset, length))
+
+
+def _require_writable(header: Header, name: str) -> None:
+    """Refuse to write to what this version could damage; reading it is fine."""
+    reasons = (
+        (header.version < 3, "is a version 2 image; upgrade it with: qemu-img amend -o compat=1.1"),
+        (
+            header.incompatible & headers.INCOMPATIBLE_CORRUPT,
+            "is marked corrupt; repair it with: qemu-img check -r all",
+        ),
+        (
+            header.incompatible & headers.INCOMPATIBLE_DIRTY,
+            "was not closed cleanly; repair it with: qemu-img check -r all",
+        ),
+        (
+            header.refcount_order != 4,
+            f"has {1 << header.refcount_order}-bit refcounts; only 16-bit ones can be written",
+        ),
+        (header.snapshot_count, "has internal snapshots"),
+    )
+    for applies, reason in reasons:
+        if applies:
+            raise ImageError(f"'{name}' {reason}; it can be opened read-only")

@@ -1,0 +1,231 @@
+"""Guest writes that may change the map: allocation with copy-on-write, zeroes, discard.
+
+A write to clusters that are the image's own goes in place. For all others new clusters are
+allocated, the parts of them that the guest did not write are filled up with the old content, and
+when all is written the new map entries are published at once. The old clusters are freed.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from blockd.block.file_events import FileEvent
+from blockd.block.node import Buffer
+from blockd.block.segments import zeroes
+from blockd.formats.qcow2.allocator import Run
+from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_extent
+from blockd.formats.qcow2.metadata import Metadata
+from blockd.range_lock import RangeLock
+from blockd.units import MIB, align_down, align_up
+
+if TYPE_CHECKING:
+    from blockd.formats.qcow2.image import Qcow2Image
+
+# One allocating write at most, so that the copy of its edges and the wait behind it stay short.
+ALLOCATING_WRITE_LENGTH_MAX = 2 * MIB
+
+
+class GuestWrites:
+    """The write side of one image.
+
+    Locks:    `ranges` is held, cluster aligned, while the map of a range is being changed; it comes
+              before the metadata lock.
+    """
+
+    def __init__(self, image: "Qcow2Image", metadata: Metadata) -> None:
+        self._image = image
+        self._metadata = metadata
+        self._mapping = metadata.mapping
+        self._allocator = metadata.allocator
+        self._cluster_size = metadata.header.cluster_size
+        self.ranges = RangeLock()
+
+    def is_in_flight(self, offset: int, length: int) -> bool:
+        """Whether the map of any part of the range is being changed."""
+        return bool(self.ranges) and self.ranges.overlaps(offset, offset + length)
+
+    # -- data ---------------------------------------------------------------------------------
+
+    def write_new_nowait(self, offset: int, data: Buffer) -> bool:
+        """Write to a cluster that is unallocated so far, if all that this takes is in memory.
+
+        Locks:    none: from looking the cluster up to publishing it nothing is waited for.
+        """
+        start = align_down(offset, self._cluster_size)
+        l1_index = start >> self._mapping.table_bits
+        has_table = l1_index in self._mapping.tables and self._mapping.l1[l1_index] & COPIED
+        if not has_table or offset + len(data) > start + self._cluster_size:
+            return False
+        if self._image.entry_nowait(start, 1) or self._metadata.is_under_pressure:
+            return False
+        content = self._merged_nowait(start, offset, data)
+        run = self._allocator.allocate_nowait(1) if content is not None else None
+        if content is None or run is None:
+            return False
+        if not self._image.file.write_nowait(run.host_offset, content):
+            self._allocator.give_back(run)
+            return False
+        self._publish(start, [run.host_offset | COPIED])
+        return True
+
+    def _merged_nowait(self, start: int, offset: int, data: Buffer) -> Buffer | None:
+        """The content of a whole cluster with `data` in it, if that needs no waiting."""
+        if len(data) == self._cluster_size:
+            return data
+        stored = min(self._cluster_size, self._image.size - start)
+        old = self._image.read_nowait(start, stored)
+        if old is None:
+            return None
+        content = old if isinstance(old, bytearray) else bytearray(old)
+        content[offset - start : offset - start + len(data)] = data
+        return content if stored == self._cluster_size else content.ljust(self._cluster_size, b"\0")
+
+    async def write(self, offset: int, data: memoryview) -> None:
+        """Write, in place or to new clusters, piece by piece."""
+        while data:
+            table_end = ((offset >> self._mapping.table_bits) + 1) << self._mapping.table_bits
+            piece = data[: table_end - offset]
+            await self._mapping.table(offset >> self._mapping.table_bits)
+            await self.ranges.wait(offset, offset + len(piece))
+            host_offset, count = self._own_prefix(offset, len(piece))
+            if count:
+                await self._write_in_place(host_offset, piece[:count])
+            else:
+                count = await self._write_allocating(offset, piece)
+            offset += count
+            data = data[count:]
+
+    def _own_prefix(self, offset: int, length: int) -> tuple[int, int]:
+        """Host offset and length of the first part of a range that may be written in place."""
+        first = self._image.own_host_offset(offset, 1)
+        if first is None:
+            return 0, 0
+        count = align_up(offset + 1, self._cluster_size) - offset
+        while count < length and self._image.own_host_offset(offset + count, 1) == first + count:
+            count += self._cluster_size
+        return first, min(count, length)
+
+    async def _write_in_place(self, host_offset: int, data: memoryview) -> None:
+        file = self._image.file
+        with self._allocator.plan():
+            if not file.write_nowait(host_offset, data):
+                file.announce(FileEvent.WRITE_AIO)
+                await file.write(host_offset, data)
+
+    async def _write_allocating(self, offset: int, data: memoryview) -> int:
+        """Write the first part of `data` to new clusters; 0 means the map changed meanwhile."""
+        await self._metadata.relieve()
+        data = data[: align_down(offset, self._cluster_size) + ALLOCATING_WRITE_LENGTH_MAX - offset]
+        start, end = align_down(offset, self._cluster_size), align_up(offset + len(data), self._cluster_size)
+        async with self.ranges.held(start, end):
+            cluster_count = self._foreign_count(start, end)
+            if not cluster_count:
+                return 0
+            run = await self._metadata.allocate(cluster_count)
+            data = data[: start + run.cluster_count * self._cluster_size - offset]
+            try:
+                content = await self._with_edges(offset, data)
+                await self._write_in_place(run.host_offset, content)
+                await self._metadata.writable_table(start >> self._mapping.table_bits)
+            except BaseException:
+                self._allocator.give_back(run)
+                raise
+            first = run.host_offset | COPIED
+            self._publish(start, [first + number * self._cluster_size for number in range(run.cluster_count)])
+        return len(data)
+
+    def _foreign_count(self, start: int, end: int) -> int:
+        """How many clusters from `start` on must not be written in place."""
+        for cluster_offset in range(start, end, self._cluster_size):
+            if self._image.own_host_offset(cluster_offset, 1) is not None:
+                return (cluster_offset - start) // self._cluster_size
+        return (end - start) // self._cluster_size
+
+    async def _with_edges(self, offset: int, data: memoryview) -> memoryview:
+        """Fill `data` up to whole clusters with what the disk holds around it."""
+        end = offset + len(data)
+        head = await self._old_content(align_down(offset, self._cluster_size), offset)
+        tail = await self._old_content(end, align_up(end, self._cluster_size))
+        return memoryview(b"".join((head, data, tail))) if head or tail else data
+
+    async def _old_content(self, start: int, end: int) -> Buffer:
+        """What the disk holds; zeroes past its end."""
+        stored = min(end, self._image.size) - start
+        if stored <= 0:
+            return bytes(end - start)
+        self._image.file.announce(FileEvent.COW_READ)
+        content = self._image.read_nowait(start, stored)
+        if content is None:
+            content = await self._image.read(start, stored)
+        return content if stored == end - start else bytes(content).ljust(end - start, b"\0")
+
+    def _publish(self, offset: int, entries: list[int]) -> None:
+        """Put new map entries in place and free what the old ones named.
+
+        Needs:    the range is held, inside one table, and that table is in memory.
+        """
+        l1_index = offset >> self._mapping.table_bits
+        table = self._mapping.tables[l1_index]
+        index = (offset >> self._mapping.cluster_bits) & self._mapping.index_mask
+        for old, new in zip(table.entries[index : index + len(entries)], entries, strict=True):
+            if old & OFFSET_MASK and (old ^ new) & OFFSET_MASK:
+                self._allocator.free(stored_run(old, self._mapping.cluster_bits))
+        self._mapping.set_entries(l1_index, table, index, entries)
+
+    # -- zeroes and discard -------------------------------------------------------------------
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Turn whole clusters into zero clusters, and write zeroes to the parts at both ends."""
+        end = offset + length
+        first = min(align_up(offset, self._cluster_size), end)
+        last = max(self._cluster_end(end), first)
+        await self._zero_part(offset, first)
+        await self._change_clusters(first, last, self._unmapped_zero if unmap else self._kept_zero)
+        await self._zero_part(last, end)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Give back the whole clusters of the range."""
+        first = align_up(offset, self._cluster_size)
+        await self._change_clusters(first, self._cluster_end(offset + length), self._unmapped_zero)
+
+    def _cluster_end(self, end: int) -> int:
+        """The end of the last whole cluster; the disk's end completes its cluster."""
+        return end if end == self._image.size else align_down(end, self._cluster_size)
+
+    async def _zero_part(self, start: int, end: int) -> None:
+        if start < end and not self._reads_as_zero(self._image.entry_nowait(start, end - start)):
+            await self.write(start, memoryview(zeroes(end - start)))
+
+    def _reads_as_zero(self, entry: int) -> bool:
+        if entry == 0:
+            return self._image.backing is None
+        return entry > 0 and not entry & COMPRESSED and bool(entry & ZERO)
+
+    def _unmapped_zero(self, entry: int) -> int:
+        return ZERO if entry or self._image.backing is not None else 0
+
+    def _kept_zero(self, entry: int) -> int:
+        is_own = entry & (COPIED | COMPRESSED) == COPIED
+        return entry | ZERO if is_own else self._unmapped_zero(entry)
+
+    async def _change_clusters(self, start: int, end: int, change: Callable[[int], int]) -> None:
+        """Replace the map entries of a range, table by table."""
+        while start < end:
+            l1_index = start >> self._mapping.table_bits
+            piece_end = min(end, (l1_index + 1) << self._mapping.table_bits)
+            if self._mapping.l1[l1_index] or change(0):
+                await self._metadata.relieve()
+                async with self.ranges.held(start, align_up(piece_end, self._cluster_size)):
+                    table = await self._metadata.writable_table(l1_index)
+                    index = (start >> self._mapping.cluster_bits) & self._mapping.index_mask
+                    count = (align_up(piece_end, self._cluster_size) - start) >> self._mapping.cluster_bits
+                    self._publish(start, [change(entry) for entry in table.entries[index : index + count]])
+            start = piece_end
+
+
+def stored_run(entry: int, cluster_bits: int) -> Run:
+    """The host clusters that an entry with a place names, compressed or not."""
+    if not entry & COMPRESSED:
+        return Run(entry & OFFSET_MASK, 1)
+    offset, length = compressed_extent(entry, cluster_bits)
+    first = align_down(offset, 1 << cluster_bits)
+    return Run(first, (align_up(offset + length, 1 << cluster_bits) - first) >> cluster_bits)

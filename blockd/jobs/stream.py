@@ -1,0 +1,260 @@
+"""The stream job: populate from 0 to the end, then write the final base.
+
+The loop takes a window of missing ranges at a time and copies a few of them at once; it comes back
+to its top, where pause, rate and cancel are looked at, with no copy pending. Checkpoints run beside
+the copying. What happens to the graph around it is the device's business (`clean`).
+"""
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from blockd.aio import task_group
+from blockd.block.node import FillCounts, OverlayNode
+from blockd.errors import StorageError
+from blockd.extents import Extent, Kind
+from blockd.jobs.job import Action, Job, OnError
+from blockd.units import GIB, MIB, align_down
+
+log = logging.getLogger(__name__)
+
+# What one copy takes, how many run at once, and how much one round of the loop takes.
+COPY_LENGTH = 2 * MIB
+COPY_COUNT = 2
+WINDOW_LENGTH = 16 * MIB
+# How many maps one round looks at: a sparse terabyte is walked without holding others up.
+SCAN_COUNT = 64
+# With a speed limit, a round copies what the limit allows in this time.
+RATE_SLICE_S = 0.1
+# After a crash at most this much is copied again.
+CHECKPOINT_LENGTH = 1 * GIB
+CHECKPOINT_INTERVAL_S = 5.0
+
+
+class StreamTarget(Protocol):
+    """What the job needs of the `blkstream` filter."""
+
+    active: OverlayNode
+    size: int
+    guest_written: int
+
+    async def missing(self, offset: int, length: int) -> list[Extent]: ...
+
+    async def populate(self, offset: int, length: int) -> FillCounts: ...
+
+    async def flush(self) -> None: ...
+
+
+@dataclass
+class Counters:
+    """What a stream did so far, in bytes."""
+
+    copied: int = 0
+    zero: int = 0
+    skipped: int = 0
+    dropped: int = 0  # the guest wrote them while they were being copied
+
+
+class StreamJob(Job):
+    """Streams into the active image of `target`, then records the backing file `base_filename`."""
+
+    type = "stream"
+
+    def __init__(
+        self,
+        job_id: str,
+        target: StreamTarget,
+        *,
+        base_filename: str | None,
+        base_format: str | None,
+        speed: int = 0,
+        on_error: OnError = OnError.REPORT,
+        auto_finalize: bool = True,
+        auto_dismiss: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        super().__init__(
+            job_id,
+            length=target.size,
+            speed=speed,
+            on_error=on_error,
+            auto_finalize=auto_finalize,
+            auto_dismiss=auto_dismiss,
+            clock=clock,
+        )
+        self.counters = Counters()
+        self._target = target
+        self._base_filename = base_filename
+        self._base_format = base_format
+        self._clock = clock
+        self._started = clock()
+        self._checkpoint_at = CHECKPOINT_LENGTH
+        self._checkpoint_asked = asyncio.Event()
+
+    @property
+    def guest_written(self) -> int:
+        """Bytes that the guest wrote since the job started."""
+        return self._target.guest_written
+
+    @property
+    def rate(self) -> float:
+        """Bytes copied per second, over the job's life."""
+        elapsed = self._clock() - self._started
+        return self.counters.copied / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest will take at the pace so far; None before anything can be said."""
+        if not self.offset:
+            return None
+        return (self._clock() - self._started) / self.offset * (self.length - self.offset)
+
+    # -- the work -----------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        async with task_group() as tasks:
+            checkpoints = tasks.create_task(self._make_checkpoints())
+            try:
+                await self._stream()
+            finally:
+                checkpoints.cancel()
+        await self._flush()
+
+    async def commit(self) -> None:
+        # A guest write may have cancelled a copy and then failed itself: look until nothing is missing.
+        while await self._copy_rest():
+            pass
+        await self._target.active.change_backing(self._base_filename, self._base_format)
+
+    async def _flush(self) -> None:
+        """Bring all copies to the disk while the policy can still act on errors: the rest is the header."""
+        action = Action.STOP
+        while action is Action.STOP:
+            try:
+                await self._target.flush()
+                return
+            except StorageError as error:
+                action = await self.handle_error(error, error.operation)
+                if action is Action.REPORT:
+                    raise
+
+    async def _copy_rest(self) -> bool:
+        """Go over the whole map once more; tells whether anything was still missing."""
+        offset, is_missing = 0, False
+        while offset < self.length:
+            needed, offset = await self._scan(offset)
+            for piece in needed:
+                is_missing = True
+                self._count(await self._target.populate(piece.offset, piece.length))
+        return is_missing
+
+    async def _stream(self) -> None:
+        offset = copied_before = 0
+        while offset < self.length:
+            await self.pause_point(self.counters.copied - copied_before)
+            copied_before = self.counters.copied
+            try:
+                needed, end = await self._scan(offset)
+            except StorageError as error:
+                # Without a map nothing can be left out, so there is nothing to ignore.
+                if await self.handle_error(error, error.operation) is Action.STOP:
+                    continue
+                raise
+            await self._copy(needed)
+            self.counters.skipped += end - offset - sum(piece.length for piece in needed)
+            offset = end
+            self.set_progress(offset, self.length)
+            self._ask_for_checkpoint()
+
+    async def _scan(self, offset: int) -> tuple[list[Extent], int]:
+        """The next pieces to copy, from `offset` on, and up to where the map was looked at."""
+        pieces: list[Extent] = []
+        piece_length, budget = self._amounts()
+        for _ in range(SCAN_COUNT):
+            for extent in await self._target.missing(offset, self.length - offset):
+                offset = extent.end
+                if extent.kind is not Kind.DATA:
+                    continue
+                end = min(extent.end, extent.offset + budget)
+                for start in range(extent.offset, end, piece_length):
+                    pieces.append(Extent(start, min(piece_length, end - start), Kind.DATA))
+                budget -= end - extent.offset
+                if budget <= 0:
+                    return pieces, end
+            if offset >= self.length:
+                break
+        return pieces, offset
+
+    def _amounts(self) -> tuple[int, int]:
+        """How much to copy in one piece and in one round: no more than the rate allows in a slice."""
+        cluster_size = self._target.active.cluster_size
+        if not self.speed:
+            return max(COPY_LENGTH, cluster_size), WINDOW_LENGTH
+        allowed = max(cluster_size, align_down(int(self.speed * RATE_SLICE_S), cluster_size))
+        return min(COPY_LENGTH, allowed), min(WINDOW_LENGTH, allowed)
+
+    async def _copy(self, pieces: list[Extent]) -> None:
+        """Copy pieces, a few at once; those that failed are retried after the pause the policy asks for."""
+        while pieces:
+            failures: list[tuple[Extent, StorageError]] = []
+            remaining = iter(pieces)
+            async with task_group() as tasks:
+                for _ in range(min(COPY_COUNT, len(pieces))):
+                    tasks.create_task(self._copy_some(remaining, failures))
+            pieces = await self._apply_policy(failures)
+
+    async def _copy_some(
+        self, remaining: Iterator[Extent], failures: list[tuple[Extent, StorageError]]
+    ) -> None:
+        for piece in remaining:
+            try:
+                self._count(await self._target.populate(piece.offset, piece.length))
+            except StorageError as error:
+                failures.append((piece, error))
+
+    async def _apply_policy(self, failures: list[tuple[Extent, StorageError]]) -> list[Extent]:
+        """Tell which pieces to try again."""
+        for number, (_, error) in enumerate(failures):
+            action = await self.handle_error(error, error.operation)
+            if action is Action.REPORT:
+                raise error
+            if action is Action.STOP:
+                return [piece for piece, _ in failures[number:]]
+        return []
+
+    def _count(self, counts: FillCounts) -> None:
+        self.counters.copied += counts.copied
+        self.counters.zero += counts.zeroed
+        self.counters.dropped += counts.dropped
+
+    # -- checkpoints --------------------------------------------------------------------------
+
+    def _ask_for_checkpoint(self) -> None:
+        if self.counters.copied >= self._checkpoint_at:
+            self._checkpoint_at = self.counters.copied + CHECKPOINT_LENGTH
+            self._checkpoint_asked.set()
+
+    async def _make_checkpoints(self) -> None:
+        """Make what was copied durable beside the copying, so that a crash repeats little of it.
+
+        Also of a job that is paused or slow: what it copied last is durable soon after.
+        """
+        durable = Counters()
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(CHECKPOINT_INTERVAL_S):
+                    await self._checkpoint_asked.wait()
+            self._checkpoint_asked.clear()
+            if self.counters == durable:
+                continue
+            copied = replace(self.counters)
+            try:
+                await self._target.flush()
+                durable = copied
+            except StorageError as error:
+                # The job's last step meets the same error and fails with it.
+                log.warning("job %s: checkpoint failed: %s", self.id, error.message)

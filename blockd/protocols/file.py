@@ -1,0 +1,308 @@
+"""Bytes in a file or block device of this machine.
+
+Reads take the fast path when the pages are in the page cache (`RWF_NOWAIT`). Buffered writes have no
+such flag on ext4, so the fast path for writes is guarded: it is taken only while no sync is under way
+on the file and as long as the last writes returned quickly; one slow write closes it for a while.
+"""
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import stat
+import sys
+import time
+from typing import Self
+
+from blockd.aio import in_thread
+from blockd.block.node import Buffer, ProtocolNode
+from blockd.block.segments import zeroes
+from blockd.errors import RequestError, StorageError
+from blockd.extents import Extent, Kind
+from blockd.units import MIB
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
+
+_FALLOC_KEEP_SIZE = 0x01
+_FALLOC_PUNCH_HOLE = 0x02
+_SYNC_FILE_RANGE_WRITE = 2
+_BLKGETSIZE64 = 0x80081272
+
+# A buffered write is a memory copy; one that takes longer than this has probably waited for the disk.
+SLOW_WRITE_S = 0.010
+# Writes then stay off the fast path this many times as long: the loop waits at most a twentieth of the
+# time, and a write that was merely preempted costs little.
+SLOW_WRITE_PAUSE_FACTOR = 20
+# More than this at once would itself hold up the loop.
+NOWAIT_LENGTH_MAX = 1 * MIB
+# What O_DIRECT asks of memory, offsets and lengths on every filesystem and device that has it.
+DIRECT_ALIGNMENT = 4096
+_NOT_OPENED, _NO_DIRECT = -1, -2
+# Extents told at once.
+MAP_COUNT_MAX = 64
+# Zeroes written at a time where the filesystem cannot punch holes.
+_ZERO_CHUNK = 1 * MIB
+
+
+class FileNode(ProtocolNode):
+    """A regular file or block device, opened for as long as the node lives."""
+
+    driver = "file"
+
+    def __init__(self, fd: int, filename: str, size: int, *, node_name: str, read_only: bool) -> None:
+        super().__init__(node_name, filename, size, read_only=read_only)
+        self._fd = fd
+        self._direct_fd = _NOT_OPENED
+        self._sync_count = 0
+        self._write_slowly_until = 0.0
+
+    @classmethod
+    async def open(cls, path: str, *, node_name: str, read_only: bool) -> Self:
+        """Open an existing regular file or block device.
+
+        Raises:   RequestError: no such file, not allowed, or something else than a file or block device.
+        """
+        opened: list[tuple[int, int]] = []  # filled by the thread, also when nobody waits for it any more
+        try:
+            await in_thread(lambda: opened.append(_open_blocking(path, read_only, path)))
+        except BaseException:
+            for fd, _ in opened:
+                os.close(fd)
+            raise
+        [(fd, size)] = opened
+        return cls(fd, path, size, node_name=node_name, read_only=read_only)
+
+    def identity(self) -> tuple[int, int]:
+        """Device and inode: equal exactly for the same file."""
+        status = os.fstat(self._fd)
+        return status.st_dev, status.st_ino
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        if length > NOWAIT_LENGTH_MAX:
+            return None
+        buffer = bytearray(length)
+        try:
+            count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
+        except OSError:
+            return None  # would wait, or a real error: the awaitable read finds out and says so
+        return buffer if count == length else None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        buffer = bytearray(length)
+        await in_thread(self.readinto_blocking, offset, memoryview(buffer))
+        return buffer
+
+    def readinto_blocking(self, offset: int, buffer: memoryview) -> None:
+        position = 0
+        try:
+            while position < len(buffer):
+                count = os.preadv(self._fd, [buffer[position:]], offset + position)
+                if not count:
+                    self._require_end_at(offset + position)
+                    buffer[position:] = zeroes(len(buffer) - position)
+                    return
+                position += count
+        except OSError as error:
+            raise StorageError.from_os(error, "read", self.filename) from error
+
+    def _require_end_at(self, offset: int) -> None:
+        """Zeroes follow the end of a file, but not where somebody else has cut it off."""
+        if offset < self.size:
+            end = os.fstat(self._fd).st_size
+            raise StorageError(
+                f"Could not read '{self.filename}': it was cut short to {end} bytes while in use",
+                operation="read",
+            )
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        return await in_thread(self._map_blocking, offset, length)
+
+    def _map_blocking(self, offset: int, length: int) -> list[Extent]:
+        """Data and holes by turns, up to `MAP_COUNT_MAX` of them."""
+        end = offset + length
+        extents: list[Extent] = []
+        kind = Kind.DATA
+        while offset < end and len(extents) < MAP_COUNT_MAX:
+            limit = min(self._seek(offset, os.SEEK_HOLE if kind is Kind.DATA else os.SEEK_DATA), end)
+            if limit > offset:
+                extents.append(Extent(offset, limit - offset, kind))
+            offset = limit
+            kind = Kind.ZERO if kind is Kind.DATA else Kind.DATA
+        return extents
+
+    def _seek(self, offset: int, whence: int) -> int:
+        """Where data, or a hole, begins at or after `offset`; far away if there is none."""
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO and whence == os.SEEK_HOLE:
+                return offset  # at or past the end of the file: a hole
+            # No data follows; or the filesystem cannot tell, then all of it counts as data.
+            return sys.maxsize
+
+    # -- writing ------------------------------------------------------------------------------
+
+    def write_nowait(self, offset: int, data: Buffer) -> bool:
+        if self.read_only or self._sync_count or self.failed or len(data) > NOWAIT_LENGTH_MAX:
+            return False
+        started = time.monotonic()
+        if started < self._write_slowly_until:
+            return False
+        try:
+            count = os.pwrite(self._fd, data, offset)
+        except OSError:
+            return False  # the awaitable write meets the same error and reports it
+        finished = time.monotonic()
+        if finished - started > SLOW_WRITE_S:
+            self._write_slowly_until = finished + SLOW_WRITE_PAUSE_FACTOR * (finished - started)
+        self.size = max(self.size, offset + count)
+        return count == len(data)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        self._require_writable()
+        await in_thread(self.write_blocking, offset, data)
+
+    def write_blocking(self, offset: int, data: Buffer) -> None:
+        self._require_writable()
+        view = memoryview(data)
+        position = 0
+        try:
+            while position < len(view):
+                position += os.pwrite(self._fd, view[position:], offset + position)
+        except OSError as error:
+            raise StorageError.from_os(error, "write", self.filename) from error
+        self.size = max(self.size, offset + len(view))
+
+    def write_cold_blocking(self, offset: int, data: Buffer) -> None:
+        """Write past the page cache where that can be: it costs less, and evicts nothing guests need.
+
+        Needs:    for that, memory, offset and length are multiples of `DIRECT_ALIGNMENT`.
+        """
+        self._require_writable()
+        if not self._write_direct(offset, data):
+            super().write_cold_blocking(offset, data)
+
+    def _write_direct(self, offset: int, data: Buffer) -> bool:
+        """Write all of `data` with O_DIRECT; False: that cannot be done, write it the usual way."""
+        if self._direct_fd == _NO_DIRECT or (offset | len(data)) % DIRECT_ALIGNMENT:
+            return False
+        try:
+            if self._direct_fd == _NOT_OPENED:
+                self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
+            written = os.pwrite(self._direct_fd, data, offset)
+        except OSError:
+            self._direct_fd = _NO_DIRECT if self._direct_fd == _NOT_OPENED else self._direct_fd
+            return False  # a real error is met again by the usual write, and reported
+        self.size = max(self.size, offset + written)
+        return written == len(data)
+
+    def start_writeback_blocking(self, offset: int, length: int) -> None:
+        _libc.sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        self._require_writable()
+        await in_thread(self.punch_hole_blocking if unmap else self._write_zeroes_blocking, offset, length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.write_zeroes(offset, length)
+
+    def punch_hole_blocking(self, offset: int, length: int) -> None:
+        self._require_writable()
+        mode = _FALLOC_PUNCH_HOLE | _FALLOC_KEEP_SIZE
+        if _libc.fallocate(self._fd, mode, offset, length) == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM):
+            raise StorageError.from_os(OSError(code, ""), "punch a hole in", self.filename)
+        self._write_zeroes_blocking(offset, length)
+
+    def _write_zeroes_blocking(self, offset: int, length: int) -> None:
+        end = min(offset + length, self.size)
+        while offset < end:
+            count = min(_ZERO_CHUNK, end - offset)
+            self.write_blocking(offset, zeroes(count))
+            offset += count
+
+    async def flush(self) -> None:
+        if not self.read_only:
+            await in_thread(self.sync_blocking)
+
+    def sync_blocking(self) -> None:
+        self._require_writable()
+        self._sync_count += 1
+        try:
+            os.fdatasync(self._fd)
+        except OSError as error:
+            self.failed = self.failed or StorageError.from_os(error, "sync", self.filename)
+            raise self.failed from error
+        finally:
+            self._sync_count -= 1
+
+    async def resize(self, size: int) -> None:
+        await in_thread(self.truncate_blocking, size)
+
+    def truncate_blocking(self, size: int) -> None:
+        self._require_writable()
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise StorageError.from_os(error, "resize", self.filename) from error
+        self.size = size
+
+    async def reopen(self, *, read_only: bool) -> None:
+        if self.read_only != read_only:
+            await self.flush()
+            await in_thread(self._reopen_blocking, read_only)
+
+    def _reopen_blocking(self, read_only: bool) -> None:
+        """Open the same file again, wherever its name leads by now, and put it under the same descriptor.
+
+        A call that is reading meanwhile goes on with the file as it was opened before.
+        """
+        if self.failed is not None:
+            raise self.failed
+        fd, self.size = _open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
+        os.dup2(fd, self._fd, inheritable=False)
+        os.close(fd)
+        if self._direct_fd >= 0:
+            os.close(self._direct_fd)
+        self._direct_fd = _NOT_OPENED
+        self.read_only = read_only
+
+    async def close(self) -> None:
+        if self._fd < 0:
+            return
+        fd, self._fd = self._fd, -1
+        await in_thread(os.close, fd)
+        if self._direct_fd >= 0:
+            direct_fd, self._direct_fd = self._direct_fd, _NO_DIRECT
+            await in_thread(os.close, direct_fd)
+
+
+def _open_blocking(path: str, read_only: bool, name: str) -> tuple[int, int]:
+    """Open `path`, `name` in errors, and find out its size, without ever waiting on a FIFO."""
+    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+    try:
+        fd = os.open(path, flags)
+    except (OSError, ValueError) as error:
+        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else "the name has a NUL"
+        raise RequestError(f"Could not open '{name}': {reason}") from error
+    with contextlib.ExitStack() as undo:
+        undo.callback(os.close, fd)
+        size = _size(fd, name)
+        undo.pop_all()
+    return fd, size
+
+
+def _size(fd: int, name: str) -> int:
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode):
+        return status.st_size
+    if stat.S_ISBLK(status.st_mode):
+        return int.from_bytes(fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)), "little")
+    raise RequestError(f"Could not open '{name}': not a regular file or block device")

@@ -1,0 +1,151 @@
+"""The rules of one client's session: negotiation first, then commands; knows nothing of sockets.
+
+States: negotiating → commands (once `qmp_capabilities` succeeded). A message goes in, a reply comes out;
+what is run when is the connection's business.
+"""
+
+import logging
+from collections.abc import Callable
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import Field
+
+from blockd.aio import in_thread
+from blockd.errors import BlockdError, ErrorKind, RequestError
+from blockd.qmp.envelope import Request, error_reply, parse_request, success_reply, version
+from blockd.qmp.introspection import SchemaInfo, introspect
+from blockd.qmp.models import Arguments, Result
+from blockd.qmp.table import Command, CommandTable
+from blockd.wire.qmp import Value
+from blockd.wire.qmp.reader import Message, ParseError
+
+logger = logging.getLogger(__name__)
+
+Context = TypeVar("Context")
+
+
+class Session(Generic[Context]):
+    """One client: what it negotiated, and how its messages are answered."""
+
+    def __init__(
+        self,
+        commands: CommandTable[Context],
+        context: Context,
+        on_negotiated: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.commands = commands
+        self.is_negotiated = False
+        self.oob_enabled = False
+        self._context = context
+        self._on_negotiated = on_negotiated
+
+    def negotiate(self, *, oob: bool) -> None:
+        """End the negotiation; from here on the client gets events."""
+        self.oob_enabled = oob
+        self.is_negotiated = True
+        self._on_negotiated()
+
+    async def answer(self, message: Message) -> dict[str, Value]:
+        """Run one message and return the reply to it; never raises on behalf of a command.
+
+        Cancel:   cancels the command.
+        """
+        if isinstance(message, ParseError):
+            return error_reply(None, message)
+        try:
+            request = parse_request(message, oob_enabled=self.oob_enabled)
+            return success_reply(message, await self._run(request))
+        except BlockdError as error:
+            return error_reply(message, error)
+        except Exception:
+            logger.exception("internal error in a QMP command: %s", _name_of(message))
+            sentence = f"Internal error in {_name_of(message)}: see the log of blockd, which goes on"
+            return error_reply(message, BlockdError(sentence))
+
+    async def _run(self, request: Request) -> Value:
+        if request.command == "qmp_capabilities" or not self.is_negotiated:
+            self._check_negotiation(request.command)
+        if own := SESSION_COMMANDS.get(request.command):
+            _check_oob(request, own)
+            return await own.run(self, request.arguments)
+        command = self.commands.get(request.command)
+        if command is None:
+            raise _not_found(f"The command {request.command} has not been found")
+        _check_oob(request, command)
+        return await command.run(self._context, request.arguments)
+
+    def _check_negotiation(self, command: str) -> None:
+        if self.is_negotiated:
+            raise _not_found("Capabilities negotiation is already complete, command ignored")
+        if command != "qmp_capabilities":
+            raise _not_found("Expecting capabilities negotiation with 'qmp_capabilities'")
+
+
+def _check_oob(request: Request, command: Command[Context]) -> None:
+    if request.out_of_band and not command.allow_oob:
+        raise RequestError(f"The command {request.command} does not support OOB")
+
+
+def _not_found(message: str) -> RequestError:
+    return RequestError(message, kind=ErrorKind.COMMAND_NOT_FOUND)
+
+
+def _name_of(message: Value) -> Value:
+    return (message.get("execute") or message.get("exec-oob")) if isinstance(message, dict) else None
+
+
+class QmpCapabilitiesArguments(Arguments):
+    """Which of the offered capabilities to enable."""
+
+    enable: list[Literal["oob"]] = Field(default_factory=list)
+
+
+class QemuVersion(Result):
+    """A version in three parts."""
+
+    micro: int
+    minor: int
+    major: int
+
+
+class VersionInfo(Result):
+    """The version of qemu-storage-daemon that is spoken, and ours."""
+
+    qemu: QemuVersion
+    package: str
+
+
+class CommandInfo(Result):
+    """The name of a command."""
+
+    name: str
+
+
+# What every server has, run on the session itself.
+SESSION_COMMANDS: CommandTable[Session[Any]] = CommandTable()
+
+
+@SESSION_COMMANDS.command("qmp_capabilities")
+async def qmp_capabilities(session: Session[Any], arguments: QmpCapabilitiesArguments) -> None:
+    """End the negotiation; from here on the session runs commands and gets events."""
+    session.negotiate(oob="oob" in arguments.enable)
+
+
+@SESSION_COMMANDS.command("query-version")
+async def query_version(session: Session[Any]) -> VersionInfo:
+    """Report whose answers these are."""
+    return VersionInfo.model_validate(version())
+
+
+@SESSION_COMMANDS.command("query-commands")
+async def query_commands(session: Session[Any]) -> list[CommandInfo]:
+    """List every command."""
+    return [
+        CommandInfo(name=command.name) for table in (session.commands, SESSION_COMMANDS) for command in table
+    ]
+
+
+@SESSION_COMMANDS.command("query-qmp-schema")
+async def query_qmp_schema(session: Session[Any]) -> list[SchemaInfo]:
+    """Describe every command and event, and the types of what they take and return."""
+    return await in_thread(introspect, session.commands, SESSION_COMMANDS)

@@ -1,0 +1,32 @@
+"""Fixtures that all tests share."""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from tests.daemon_process import DaemonProcess
+
+StartDaemon = Callable[..., Awaitable[DaemonProcess]]
+
+
+@pytest.fixture
+async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
+    """Start daemons in processes of their own: `daemon = await start_daemon("--device", f"vda={image}")`.
+
+    At the end those still running are stopped, and none may have printed a traceback.
+    """
+    started: list[DaemonProcess] = []
+
+    async def start(*arguments: str | Path, own_sockets: bool = True) -> DaemonProcess:
+        folder = tmp_path / f"daemon{len(started)}"
+        folder.mkdir()
+        daemon = DaemonProcess(folder, *arguments, own_sockets=own_sockets)
+        started.append(daemon)
+        return await daemon.start()
+
+    yield start
+    for daemon in started:
+        if daemon.is_running:
+            await daemon.stop()
+        assert "Traceback" not in daemon.stderr, daemon.stderr

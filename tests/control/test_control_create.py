@@ -1,0 +1,138 @@
+"""blockdev-create: files and images as jobs that are not block jobs."""
+
+from pathlib import Path
+
+import pytest
+
+from tests import qemu_img
+from tests.chains import make
+from tests.control.running import refusal, running
+from tests.qmp_client import Json, QmpClient
+
+MIB = 1 << 20
+SUCCESS = ["created", "running", "waiting", "pending", "concluded", "null"]
+FAILURE = ["created", "running", "aborting", "concluded", "null"]
+
+
+async def created(client: QmpClient, **options: object) -> Json:
+    """Create, wait for the end and dismiss; returns what query-jobs told in between."""
+    first = len(client.events)
+    dashed = {name.replace("_", "-"): value for name, value in options.items()}
+    await client.command("blockdev-create", {"job-id": "c", "options": dashed})
+    await client.event("JOB_STATUS_CHANGE", id="c", status="concluded")
+    (told,) = await client.command("query-jobs")
+    assert await client.command("query-block-jobs") == []
+    found = await refusal(client, "block-job-dismiss", id="c")
+    assert found == ("DeviceNotActive", "Block job 'c' not found")
+    await client.command("job-dismiss", id="c")
+    await client.event("JOB_STATUS_CHANGE", id="c", status="null")
+    # Only these: no block job was there.
+    statuses = [event["data"]["status"] for event in client.events[first:]]
+    assert statuses == (FAILURE if "error" in told else SUCCESS)
+    assert (told["type"], told["current-progress"], told["total-progress"]) == ("create", 1, 1)
+    return told
+
+
+async def test_file_then_image_then_overlay(tmp_path: Path) -> None:
+    """What management tools do before a snapshot: a file, a node on it, the image in it, the node on that."""
+    chain = await make(tmp_path, ["AB0-A-AB"])
+    path, size = tmp_path / "new.qcow2", len(chain.content)
+    async with running(tmp_path, "--device", f"vda={chain.active}") as daemon:
+        client, guest = await daemon.qmp(), await daemon.guest("vda")
+        assert "error" not in await created(client, driver="file", filename=str(path), size=0)
+        await client.command("blockdev-add", {"driver": "file", "node-name": "f", "filename": str(path)})
+        backing = {"backing_file": str(chain.active), "backing_fmt": "qcow2"}
+        assert "error" not in await created(client, driver="qcow2", file="f", size=size, **backing)
+        await client.command(
+            "blockdev-add", {"driver": "qcow2", "node-name": "new", "file": "f", "backing": None}
+        )
+        await client.command("blockdev-snapshot", node="vda", overlay="new")
+        await guest.write(0, b"new")
+        assert await guest.read(0, size) == b"new" + chain.content[3:]
+    assert qemu_img.content(path) == b"new" + chain.content[3:]
+    qemu_img.assert_sound(path)
+
+
+async def test_image_in_a_file_that_is_opened_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "new.img"
+    path.write_bytes(b"whatever it was" * 100_000)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        file = {"driver": "file", "filename": str(path)}
+        assert "error" not in await created(client, driver="qcow2", file=file, size=MIB, cluster_size=4096)
+        assert await client.command("query-named-block-nodes") == []
+    assert qemu_img.content(path) == bytes(MIB)
+    assert "cluster_size: 4096" in qemu_img.qemu("qemu-img", "info", path)
+
+
+async def test_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "precious"
+    path.write_bytes(b"data")
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        told = await created(client, driver="file", filename=str(path), size=MIB)
+        assert told["error"] == f"Could not create '{path}': the file exists and is not overwritten"
+        told = await created(client, driver="file", filename=f"{tmp_path}/nope/x", size=MIB)
+        assert told["error"] == f"Could not create '{tmp_path}/nope/x': No such file or directory"
+    assert path.read_bytes() == b"data"
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"size": 1000}, "Image size must be a multiple of 512 bytes"),
+        ({"cluster_size": 1000}, "Cluster size must be a power of two between 512 and 2048k"),
+        ({"cluster_size": 4 * MIB}, "Cluster size must be a power of two between 512 and 2048k"),
+        ({"backing_fmt": "qcow2"}, "Backing format cannot be used without backing file"),
+        ({"refcount_bits": 7}, "Refcount width must be a power of two and may not exceed 64 bits"),
+        ({"version": "v2"}, "New images are of version v3, with 16 refcount-bits"),
+        ({"preallocation": "full"}, "Unsupported preallocation mode 'full'"),
+        ({"file": "nope"}, "Cannot find device='nope' nor node-name='nope'"),
+        ({"file": "ro"}, "Block node is read-only"),
+        ({"file": "image"}, "An image is made in a file, and 'image' is of driver 'qcow2'"),
+        ({"file": {"driver": "file", "filename": "nope"}}, "Could not open 'nope': No such file"),
+        (
+            {"file": "used"},
+            "Permission conflict on node 'used': permissions 'write, resize' are both required by an "
+            "unnamed block device (uses node 'used' as 'root' child) and unshared by node 'image' (uses node "
+            "'used' as 'file' child).",
+        ),
+    ],
+)
+async def test_image_that_cannot_be(tmp_path: Path, options: dict[str, object], error: str) -> None:
+    for name in ("f", "ro", "used"):
+        qemu_img.create(tmp_path / name, MIB)
+    before = {name: (tmp_path / name).read_bytes() for name in ("f", "ro", "used")}
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        for name in ("f", "ro", "used"):
+            node = {"driver": "file", "node-name": name, "filename": str(tmp_path / name)}
+            await client.command("blockdev-add", {**node, "read-only": name == "ro"})
+        await client.command("blockdev-add", {"driver": "qcow2", "node-name": "image", "file": "used"})
+        told = await created(client, **{"driver": "qcow2", "file": "f", "size": MIB, **options})
+        assert told["error"].startswith(error)
+        # Nobody is left who holds the file.
+        assert all(not daemon.services.graph.users(node) for node in daemon.services.graph.nodes.values())
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+
+
+async def test_errors_of_the_request_itself(tmp_path: Path) -> None:
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        cases: list[tuple[dict[str, object], str]] = [
+            ({"driver": "zap"}, "Parameter 'driver' does not accept value 'zap'"),
+            ({"driver": "copy-on-read"}, "Driver does not support blockdev-create"),
+            ({"driver": "file", "size": 1}, "Parameter 'options.filename' is missing"),
+            ({"driver": "qcow2", "file": "f", "size": 1, "zap": 1}, "Parameter 'options.zap' is unexpected"),
+            (
+                {"driver": "qcow2", "file": "f", "size": 1, "version": "v9"},
+                "Parameter 'version' does not accept value 'v9'",
+            ),
+        ]
+        for options, text in cases:
+            found = await refusal(client, "blockdev-create", job_id="c", options=options)
+            assert found == ("GenericError", text)
+        options = {"driver": "file", "filename": "x", "size": 1}
+        found = await refusal(client, "blockdev-create", job_id="9c", options=options)
+        assert found == ("GenericError", "Invalid job ID '9c'")
+        assert client.events == []

@@ -1,0 +1,39 @@
+"""Opening a file leaves nothing behind, whatever happens to the one who waits for it."""
+
+import asyncio
+import threading
+from pathlib import Path
+
+import pytest
+
+from blockd.protocols import file as file_module
+from blockd.protocols.file import FileNode
+
+
+def open_count(path: Path) -> int:
+    """How many descriptors this process has of a file."""
+    descriptors = list(Path("/proc/self/fd").iterdir())
+    return sum(descriptor.exists() and descriptor.samefile(path) for descriptor in descriptors)
+
+
+async def test_cancelled_open_closes_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * 512)
+    is_opened, may_return = threading.Event(), threading.Event()
+    real_size = file_module._size
+
+    def held(fd: int, name: str) -> int:
+        is_opened.set()
+        assert may_return.wait(10)
+        return real_size(fd, name)
+
+    monkeypatch.setattr(file_module, "_size", held)
+    async with asyncio.TaskGroup() as tasks:
+        opening = tasks.create_task(FileNode.open(str(path), node_name="file", read_only=True))
+        await asyncio.to_thread(is_opened.wait, 10)
+        assert open_count(path) == 1
+        opening.cancel()
+        may_return.set()
+
+    assert opening.cancelled()
+    assert open_count(path) == 0

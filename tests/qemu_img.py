@@ -1,0 +1,82 @@
+"""qemu-img and qemu-io as oracles: what QEMU says about an image, and images made by QEMU."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import NamedTuple
+
+TIMEOUT_S = 60.0
+
+
+class Verdict(NamedTuple):
+    """What `qemu-img check` found."""
+
+    corruptions: int
+    leaks: int
+    total_clusters: int
+    allocated_clusters: int
+    compressed_clusters: int
+    fragmented_clusters: int
+    image_end_offset: int
+
+
+def qemu(*command: str | Path, expect: int | None = 0) -> str:
+    """Run a QEMU program and return what it printed on standard output."""
+    words = [str(word) for word in command]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    assert expect in (None, result.returncode), f"{' '.join(words)}: {result.stdout}{result.stderr}"
+    return result.stdout
+
+
+def create(
+    path: Path, size: int, *options: str, backing: Path | None = None, backing_format: str = "qcow2"
+) -> Path:
+    """Make a qcow2 image; `options` as after -o, each one."""
+    link = ["-b", str(backing), "-F", backing_format] if backing else []
+    extra = [word for option in options for word in ("-o", option)]
+    qemu("qemu-img", "create", "-q", "-f", "qcow2", *extra, *link, path, str(size))
+    return path
+
+
+def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
+    """Run qemu-io commands on an image."""
+    qemu(
+        "qemu-io",
+        "-t",
+        "unsafe",
+        "-f",
+        image_format,
+        *(word for command in commands for word in ("-c", command)),
+        path,
+    )
+
+
+def check(path: Path) -> Verdict | None:
+    """Ask QEMU about a qcow2 image; None when QEMU cannot even open it."""
+    text = qemu("qemu-img", "check", "--output=json", "-f", "qcow2", path, expect=None)
+    if not text.strip():
+        return None
+    found = json.loads(text)
+    return Verdict(*(found.get(name.replace("_", "-"), 0) for name in Verdict._fields))
+
+
+def assert_sound(path: Path) -> None:
+    """No corruption; leaks are not counted as such."""
+    verdict = check(path)
+    assert verdict is not None, f"QEMU cannot open {path}"
+    assert verdict.corruptions == 0, verdict
+
+
+def assert_same(one: Path, one_format: str, other: Path, other_format: str) -> None:
+    """Both images have the same content for a guest."""
+    qemu("qemu-img", "compare", "-f", one_format, "-F", other_format, one, other)
+
+
+def content(path: Path, image_format: str = "qcow2") -> bytes:
+    """All that a guest of QEMU would read from an image."""
+    raw = path.with_name(path.name + ".content")
+    qemu("qemu-img", "convert", "-t", "unsafe", "-f", image_format, "-O", "raw", path, raw)
+    try:
+        return raw.read_bytes()
+    finally:
+        raw.unlink()

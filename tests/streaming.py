@@ -1,0 +1,115 @@
+"""A disk in memory or in files that a guest uses while a stream runs, without a daemon around it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from blockd.block.chain import chain
+from blockd.block.node import BlockNode, ProtocolNode
+from blockd.block.root import Root
+from blockd.filters.blkstream import BlkStream
+from blockd.formats.qcow2.create import create
+from blockd.formats.qcow2.image import Qcow2Image
+from blockd.jobs.job import Action, Job
+from blockd.jobs.manager import JobManager
+from blockd.jobs.stream import StreamJob
+
+
+class Observer:
+    """Nobody needs to be told; what was told is kept."""
+
+    def __init__(self) -> None:
+        self.told: list[str] = []
+
+    def status_changed(self, job: Job) -> None:
+        self.told.append(job.status.value)
+
+    def error_met(self, job: Job, operation: str, action: Action) -> None:
+        self.told.append(f"{operation} error: {action.value}")
+
+    def pending(self, job: Job) -> None:
+        self.told.append("pending")
+
+    def ended(self, job: Job) -> None:
+        self.told.append("cancelled" if job.is_cancelled else "failed" if job.error else "completed")
+
+
+async def overlay(
+    file: ProtocolNode,
+    backing: BlockNode | None,
+    size: int,
+    *,
+    cluster_size: int,
+    backing_format: str = "raw",
+) -> Qcow2Image:
+    """Make an empty qcow2 image over `backing` in an empty file, and open it."""
+    await create(
+        file,
+        size,
+        cluster_size=cluster_size,
+        backing_filename=backing.filename if backing else None,
+        backing_format=backing_format if backing else None,
+    )
+    return await open_overlay(file, backing)
+
+
+async def open_overlay(
+    file: ProtocolNode, backing: BlockNode | None, *, read_only: bool = False
+) -> Qcow2Image:
+    image = await Qcow2Image.open(file, node_name="active", read_only=read_only)
+    image.backing = backing
+    return image
+
+
+class Streaming:
+    """One disk and the streams on it; does what a device does around a job."""
+
+    def __init__(self, active: Qcow2Image, jobs: JobManager) -> None:
+        self.active = active
+        self.root = Root(active)
+        self.filter_type = BlkStream
+        self._jobs = jobs
+        self._count = 0
+
+    async def start(self, base: BlockNode | None = None, **options: object) -> StreamJob:
+        """Put the filter in front and start a stream down to `base`."""
+        stream = self.filter_type(self.active, base, "#stream")
+        async with self.root.drained():
+            self.root.replace(stream)
+        self._count += 1
+        job = StreamJob(
+            f"job{self._count}",
+            stream,
+            base_filename=base.filename if base else None,
+            base_format="raw" if base else None,
+            **options,  # type: ignore[arg-type]
+        )
+
+        async def clean() -> None:
+            async with self.root.drained():
+                if not job.is_cancelled and job.error is None:
+                    self.active.backing = base
+                self.root.replace(self.active)
+
+        job.clean = clean
+        self._jobs.start(job)
+        return job
+
+    async def switch(self, overlay: Qcow2Image) -> None:
+        """Put an empty overlay on top: the old active image becomes its backing, and read-only."""
+        async with self.root.drained():
+            await self.active.reopen(read_only=True)
+            overlay.backing = self.active
+            self.active = overlay
+            self.root.replace(overlay)
+
+    def base_at(self, depth: int) -> BlockNode | None:
+        """The node `depth` layers below the active image."""
+        nodes = list(chain(self.active))
+        return nodes[depth] if depth < len(nodes) else None
+
+
+@asynccontextmanager
+async def streaming(active: Qcow2Image) -> AsyncIterator[Streaming]:
+    """A disk whose streams are ended with it."""
+    async with JobManager(Observer()) as jobs:
+        yield Streaming(active, jobs)
