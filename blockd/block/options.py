@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from blockd.errors import RequestError
+from blockd.units import parse_size
 
 # Nodes inside nodes; more is a mistake or an attack.
 NESTING_MAX = 64
@@ -88,6 +89,11 @@ def _check_node(options: Mapping[str, object], place: Place) -> Options:
     return {"driver": driver, **_check_fields(options, place.drivers[driver], place, {"driver"})}
 
 
+def check_fields(options: Mapping[str, object], fields: Fields, *, is_text: bool) -> Options:
+    """Check options that belong to no node, such as those of a new image."""
+    return _check_fields(options, fields, Place({}, is_text))
+
+
 def _check_fields(
     options: Mapping[str, object], fields: Fields, place: Place, done: set[str] | None = None
 ) -> Options:
@@ -134,6 +140,22 @@ def integer(value: object, place: Place) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not _INTEGER_MIN <= value <= _INTEGER_MAX:
         raise place.mistyped("integer")
     return value
+
+
+def size(value: object, place: Place) -> int:
+    """A number of bytes; with a suffix such as k or M on the command line."""
+    if place.is_text and isinstance(value, str):
+        try:
+            value = parse_size(value)
+        except ValueError:
+            raise RequestError(
+                f"Parameter '{place.path}' expects a non-negative number below 2^64, optionally with one of "
+                "the suffixes k, M, G, T, P and E"
+            ) from None
+    number = integer(value, place)
+    if number < 0:
+        raise place.mistyped("uint64")
+    return number
 
 
 def choice(*names: str) -> Check:

@@ -161,10 +161,14 @@ async def raw(options: argparse.Namespace) -> ExitStatus:
 
 async def create(options: argparse.Namespace) -> ExitStatus:
     """Make an image; the one command that asks no daemon."""
-    from blockd.cli.image_creation import create_image  # noqa: PLC0415  (image formats are slow to load)
+    from blockd.cli.image.create import create_image  # noqa: PLC0415  (image formats are slow to load)
 
     size = await create_image(
-        options.file, options.size, options.format, options.backing, options.backing_format
+        options.file,
+        options.size,
+        options.format,
+        backing=options.backing,
+        backing_format=options.backing_format,
     )
     if options.json:
         print_json({"filename": options.file, "size": size})

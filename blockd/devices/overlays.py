@@ -19,7 +19,6 @@ from blockd.drivers import FORMATS
 from blockd.drivers.sharing import check_chain, file_of
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.blkstream import BlkStream
-from blockd.formats.qcow2.create import create
 from blockd.protocols.new_file import new_file, sync_folder
 
 log = logging.getLogger(__name__)
@@ -198,11 +197,12 @@ class SnapshotInFile(PutOverlay):
     async def _make_file(self, old: BlockNode) -> None:
         if self._format_name not in FORMATS:
             raise RequestError(f"Unknown file format '{printable(self._format_name)}'")
-        if self._format_name != "qcow2":
+        image_format = FORMATS[self._format_name]
+        if not image_format.has_backing:
             raise RequestError(f"Backing file not supported for file format '{self._format_name}'")
         path = without_protocol(self._filename)
         async with new_file(path) as file:
-            await create(
+            await image_format.create(
                 file,
                 old.size,
                 backing_filename=str(Path(old.filename).absolute()),

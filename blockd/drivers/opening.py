@@ -9,6 +9,7 @@ import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from itertools import chain as joined
+from types import MappingProxyType
 from typing import NamedTuple, TypeVar
 
 from blockd.aio import in_thread
@@ -20,6 +21,7 @@ from blockd.block.probe import PROBE_LENGTH, Signature, probe_format
 from blockd.drivers.sharing import CHAIN_DEPTH_MAX, check_chain, check_single_writer, check_unshared, file_of
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
+from blockd.formats.check_report import CheckReport, Repair
 from blockd.protocols.file import FileNode
 
 log = logging.getLogger(__name__)
@@ -69,10 +71,25 @@ class Driver(NamedTuple):
 
 
 class Format(NamedTuple):
-    """A format as far as `open_image` needs it."""
+    """A format: all that is done to its images by file name, whatever it is.
+
+    The functions that look into a file need it unused by others, and those that change it writable.
+    """
 
     open: Callable[[ProtocolNode, str, bool], Awaitable[BlockNode]]
     signature: Signature
+    # create(file, size, backing_filename=..., backing_format=..., **options): makes an image in a file,
+    # whatever that held before; a format without backing files refuses those two.
+    create: Callable[..., Awaitable[None]]
+    # What else it can be told, under qemu-img's names, which are those of its arguments too.
+    create_options: Fields = MappingProxyType({})
+    has_backing: bool = False
+    # Absent: there is nothing in such an image that could be wrong.
+    check: Callable[[ProtocolNode], Awaitable[CheckReport]] | None = None
+    repair: Callable[[ProtocolNode, Repair], Awaitable[CheckReport]] | None = None
+    # Members of QEMU's ImageInfo that images of this format have beside those of every format, such as
+    # snapshots and format-specific; of an open image, and blocking.
+    info: Callable[[BlockNode], Mapping[str, object]] | None = None
 
 
 class Opening:

@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from blockd.aio import in_thread
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
-from blockd.block.options import Check, Field, Fields, choice, flag, integer, node, node_or_none, record, text
+from blockd.block.options import (
+    Check,
+    Field,
+    Fields,
+    choice,
+    flag,
+    integer,
+    node,
+    node_or_none,
+    record,
+    size,
+    text,
+)
 from blockd.block.probe import Signature
 from blockd.drivers.faults import FAULTS, open_faults
 from blockd.drivers.opening import Driver, Format, Opening, Wanted
@@ -18,7 +30,10 @@ from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.blkstream import BlkStream
 from blockd.filters.throttle import Throttle
 from blockd.formats.qcow2 import header as qcow2_header
+from blockd.formats.qcow2.check import check as check_qcow2
+from blockd.formats.qcow2.create import create as create_qcow2
 from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
 
 
@@ -153,6 +168,13 @@ async def _qcow2_image(file: ProtocolNode, node_name: str, read_only: bool) -> B
 
 
 FORMATS: Mapping[str, Format] = {
-    "qcow2": Format(_qcow2_image, Signature(".qcow2", qcow2_header.probe)),
-    "raw": Format(_raw_image, Signature(".raw", None)),
+    "qcow2": Format(
+        _qcow2_image,
+        Signature(".qcow2", qcow2_header.probe),
+        create_qcow2,
+        create_options={"cluster_size": Field(size)},
+        has_backing=True,
+        check=check_qcow2,
+    ),
+    "raw": Format(_raw_image, Signature(".raw", None), create_raw),
 }

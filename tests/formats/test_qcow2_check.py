@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from blockd.errors import ImageError
-from blockd.formats.qcow2.check import FINDING_COUNT_MAX, CheckReport, check
+from blockd.formats.check_report import FINDING_COUNT_MAX, CheckReport
+from blockd.formats.qcow2.check import check
 from blockd.protocols.file import FileNode
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img

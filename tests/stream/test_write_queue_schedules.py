@@ -16,7 +16,8 @@ import pytest
 
 from blockd.errors import StorageError
 from blockd.filters.blkstream import BlkStream
-from blockd.formats.qcow2.check import CheckReport, check
+from blockd.formats.check_report import CheckReport
+from blockd.formats.qcow2.check import check
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.stream import StreamJob
 from tests.chains import read_all

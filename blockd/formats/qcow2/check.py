@@ -14,19 +14,17 @@ Source:   qcow2 specification, "Host cluster management" and "Cluster mapping".
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError
+from blockd.formats.check_report import CheckReport
 from blockd.formats.qcow2 import header as qcow2_header
 from blockd.formats.qcow2.check_refcounts import Refcounts
 from blockd.formats.qcow2.check_tables import Directory, Entries, bitmaps, read_entries, snapshots
 from blockd.formats.qcow2.header import Header
 from blockd.units import SECTOR_SIZE
 
-# Findings past this are counted but not described.
-FINDING_COUNT_MAX = 1000
 # What the check keeps in memory is 8 bytes a host cluster; this many are 4 TiB of 64 KiB clusters.
 HOST_CLUSTER_COUNT_MAX = 1 << 26
 
@@ -43,48 +41,6 @@ _KNOWN_FEATURES = (
     | qcow2_header.INCOMPATIBLE_COMPRESSION
     | qcow2_header.INCOMPATIBLE_EXTENDED_L2
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that is wrong: which table, and where in the image file the wrong value stands."""
-
-    is_leak: bool
-    table: str
-    offset: int
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.table} at {self.offset:#x}: {self.message}"
-
-
-@dataclass
-class CheckReport:
-    """The verdict; counts are in clusters, with the same meaning as in `qemu-img check`."""
-
-    filename: str
-    total_clusters: int = 0
-    allocated_clusters: int = 0
-    compressed_clusters: int = 0
-    fragmented_clusters: int = 0
-    image_end_offset: int = 0
-    leaks: int = 0
-    corruptions: int = 0
-    is_dirty: bool = False
-    is_marked_corrupt: bool = False
-    findings: list[Finding] = field(default_factory=list)
-
-    def add_leak(self, offset: int, message: str) -> None:
-        self.leaks += 1
-        self._add(Finding(True, "refcounts", offset, message))
-
-    def add_corruption(self, table: str, offset: int, message: str) -> None:
-        self.corruptions += 1
-        self._add(Finding(False, table, offset, message))
-
-    def _add(self, finding: Finding) -> None:
-        if len(self.findings) < FINDING_COUNT_MAX:
-            self.findings.append(finding)
 
 
 async def check(file: ProtocolNode) -> CheckReport:

@@ -1,0 +1,1 @@
+"""`blockctl image …`: work on image files that no daemon has open."""
