@@ -1,8 +1,8 @@
 """Whether the disks that a crash left are what they may be.
 
 Every state is checked, opened read-only and for writing, and compared with the model. What single disks
-hold is remembered, for sequences that begin alike leave the same ones. Of the different disks a
-sample, chosen by their hash, is given to QEMU, and on another the stream is run again to its end.
+hold is remembered, for sequences that begin alike leave the same ones. On every different disk the stream
+is run again to its end, and a sample, chosen by the disk's hash, is given to QEMU.
 """
 
 import random
@@ -38,9 +38,9 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Judge:
-    """Judges states; `rerun_every` and `qemu_every` say how large the samples are, 0 is none."""
+    """Judges states; `rerun_every` and `qemu_every` say how large samples are: 1 is all, 0 is none."""
 
-    rerun_every: int = 16
+    rerun_every: int = 1
     qemu_every: int = 0
     folder: Path | None = None
     state_count: int = 0

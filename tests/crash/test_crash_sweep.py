@@ -17,5 +17,5 @@ async def test_every_crash_leaves_what_it_may(workload: Workload, tmp_path: Path
     async with workload.scene().running() as scene:
         await workload.run(scene)
         await scene.guest.read_all()
-    judge = Judge(rerun_every=50 if workload.is_large else 4, qemu_every=50, folder=tmp_path)
+    judge = Judge(rerun_every=50 if workload.is_large else 1, qemu_every=50, folder=tmp_path)
     assert await judge.sweep(scene) > 5

@@ -14,6 +14,7 @@ from tests.qsd import qsd
 SHOWN_ELSEWHERE = {
     "What blockd has more": "below",
     "What blockd does not have": "below",
+    "With --state-dir, the end of the daemon keeps jobs": "tests/state/test_state_restart.py",
     "Slow and silent clients": "tests/qmp/test_qmp_server.py, tests/qmp/test_qmp_transports.py",
     "Socket files belong to one daemon": "tests/qmp/test_qmp_transports.py",
 }
