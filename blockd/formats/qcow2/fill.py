@@ -6,29 +6,19 @@ empty and still wanted. A guest write that comes meanwhile therefore never waits
 copy never overwrites one.
 """
 
-import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
+from blockd.formats.copying import Part, copy_parts, split_zeroes
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.mapping import COPIED, ZERO
 from blockd.formats.qcow2.metadata import Metadata
-from blockd.units import align_down, align_up
+from blockd.units import align_up
 
 if TYPE_CHECKING:
     from blockd.formats.qcow2.image import Qcow2Image
-
-Write = Callable[[int, memoryview], None]
-
-_scratch = threading.local()
-
-# What writing past the page cache asks of memory.
-MEMORY_ALIGNMENT = 4096
 
 
 class Piece(NamedTuple):
@@ -54,12 +44,12 @@ async def fill(
     pieces: list[Piece] = []
     try:
         for start, end in await _empty_ranges(image, offset, length):
-            for piece_start, piece_end, is_zero in _split_zeroes(image, start, end, offset, source):
+            for piece_start, piece_end, is_zero in split_zeroes(image, start, end, offset, source):
                 pieces += await _place(metadata, piece_start, piece_end, is_zero=is_zero)
-        copied = [piece for piece in pieces if piece.run is not None]
         image.file.announce(FileEvent.COR_WRITE)
         write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
-        zero_clusters = await _copy(image.cluster_size, copied, offset, source, write) if copied else set()
+        parts = [part for piece in pieces for part in _parts(piece, image.cluster_size, write)]
+        zero_clusters = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
     except BaseException:
         _give_back(metadata, pieces)
         raise
@@ -76,28 +66,6 @@ async def _empty_ranges(image: "Qcow2Image", offset: int, length: int) -> list[t
             if not entry:
                 ranges.append((start, align_up(offset, image.cluster_size)))
     return ranges
-
-
-def _split_zeroes(
-    image: "Qcow2Image", start: int, end: int, source_offset: int, source: list[Segment]
-) -> Iterator[tuple[int, int, bool]]:
-    """Split a range of clusters by whether the source plan says that they are all zeroes."""
-    position = start
-    for segment in clipped(source, start - source_offset, end - start):
-        segment_end = start + segment.length
-        start = segment_end
-        if segment.source is not None:
-            continue
-        zero_start = align_up(segment_end - segment.length, image.cluster_size)
-        is_last = segment_end >= image.size
-        zero_end = end if is_last else align_down(segment_end, image.cluster_size)
-        if zero_start < zero_end:
-            if position < zero_start:
-                yield position, zero_start, False
-            yield zero_start, zero_end, True
-            position = zero_end
-    if position < end:
-        yield position, end, False
 
 
 async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> list[Piece]:
@@ -122,75 +90,21 @@ async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> 
     return pieces
 
 
+def _parts(piece: Piece, cluster_size: int, write: Callable[[int, memoryview], None]) -> Iterator[Part]:
+    """What is copied for a piece: nothing if it is all zeroes."""
+    if piece.run is not None:
+        host_offset = piece.run.host_offset
+        yield Part(
+            piece.offset,
+            piece.cluster_count * cluster_size,
+            lambda position, data: write(host_offset + position, data),
+        )
+
+
 def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
     for piece in pieces:
         if piece.run is not None:
             metadata.allocator.give_back(piece.run)
-
-
-# -- copying ----------------------------------------------------------------------------------
-
-
-async def _copy(
-    cluster_size: int, pieces: list[Piece], offset: int, source: list[Segment], write: Write
-) -> set[int]:
-    """Copy the source into the pieces' clusters; returns the guest offsets of those that are all zeroes."""
-    length = sum(segment.length for segment in source)
-    data: memoryview | None = None
-    if not can_read_blocking(source):
-        data = memoryview(await read_segments(source, length))
-
-    def read(start: int, buffer: memoryview) -> None:
-        stored = min(len(buffer), offset + length - start)
-        if data is not None:
-            buffer[:stored] = data[start - offset : start - offset + stored]
-        else:
-            readinto_segments_blocking(clipped(source, start - offset, stored), buffer[:stored])
-        buffer[stored:] = bytes(len(buffer) - stored)
-
-    return await in_thread(_copy_blocking, cluster_size, pieces, read, write)
-
-
-def _copy_blocking(
-    cluster_size: int, pieces: list[Piece], read: Callable[[int, memoryview], None], write: Write
-) -> set[int]:
-    zero_clusters: set[int] = set()
-    for piece in pieces:
-        assert piece.run is not None
-        length = piece.cluster_count * cluster_size
-        buffer, first = _scratch_buffer(length)
-        view = memoryview(buffer)[first : first + length]
-        read(piece.offset, view)
-        start = 0
-        for position in _zero_clusters(buffer, first, length, cluster_size):
-            zero_clusters.add(piece.offset + position)
-            if start < position:
-                write(piece.run.host_offset + start, view[start:position])
-            start = position + cluster_size
-        if start < length:
-            write(piece.run.host_offset + start, view[start:])
-    return zero_clusters
-
-
-def _zero_clusters(buffer: bytearray, first: int, length: int, cluster_size: int) -> Iterator[int]:
-    """The positions of all-zero clusters; comparing stops at the first byte that differs."""
-    zero_cluster = bytes(cluster_size)
-    for position in range(0, length, cluster_size):
-        if buffer.startswith(zero_cluster, first + position):
-            yield position
-
-
-def _scratch_buffer(length: int) -> tuple[bytearray, int]:
-    """This thread's buffer, and where in it an aligned part of `length` bytes begins.
-
-    Kept, because memory that was used before is much faster than new memory.
-    """
-    scratch: tuple[bytearray, int] | None = getattr(_scratch, "buffer", None)
-    if scratch is None or len(scratch[0]) < length + MEMORY_ALIGNMENT:
-        buffer = bytearray(length + MEMORY_ALIGNMENT)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        scratch = _scratch.buffer = (buffer, -address % MEMORY_ALIGNMENT)
-    return scratch
 
 
 # -- publishing -------------------------------------------------------------------------------
