@@ -25,6 +25,9 @@ from blockd.extents import Extent, Kind
 
 Buffer = bytes | bytearray | memoryview
 
+# Zeroes written at a time by files that know no other way to take space.
+_ALLOCATE_CHUNK = 1 << 20
+
 
 class BlockingSource(ABC):
     """Something that a thread can read by itself."""
@@ -168,6 +171,14 @@ class ProtocolNode(BlockNode, BlockingSource):
         """Write data that nobody is expected to read soon, and get it on its way to the disk."""
         self.write_blocking(offset, data)
         self.start_writeback_blocking(offset, len(data))
+
+    def allocate_blocking(self, offset: int, length: int) -> None:
+        """Take the space of a range that holds nothing yet and reads as zeroes; the file reaches its end."""
+        end = offset + length
+        while offset < end:
+            count = min(_ALLOCATE_CHUNK, end - offset)
+            self.write_blocking(offset, bytes(count))
+            offset += count
 
     @abstractmethod
     def punch_hole_blocking(self, offset: int, length: int) -> None:

@@ -10,12 +10,12 @@ from blockd.block.options import Options
 from blockd.commands.context import Services, Table
 from blockd.drivers import check_blockdev
 from blockd.errors import ErrorKind, RequestError
-from blockd.formats.qcow2.create import CLUSTER_SIZE_DEFAULT, create
+from blockd.formats.qcow2.create import create_image
+from blockd.formats.qcow2.create_options import CLUSTER_SIZE_DEFAULT, CreateOptions
 from blockd.formats.raw.create import create as set_size
 from blockd.jobs.create import CreateJob
 from blockd.protocols.new_file import new_file
 from blockd.qmp.models import Arguments, Members, NonNegative
-from blockd.units import KIB, MIB, SECTOR_SIZE
 
 TABLE: Table = Table()
 
@@ -33,9 +33,8 @@ class FileOptions(Members):
     """Accepted, without effect."""
 
     async def make(self, services: Services) -> None:
-        _require_no_preallocation(self.preallocation)
         async with new_file(self.filename) as file:
-            await set_size(file, self.size)
+            await set_size(file, self.size, preallocation=self.preallocation)
 
 
 class NodeOptions(Members):
@@ -67,39 +66,26 @@ class Qcow2Options(Members):
         user = "blockdev-create"
         file = await _held_file(services, self.file, user)
         try:
-            self._check()
-            await create(
-                file,
-                self.size,
-                cluster_size=self.cluster_size,
-                backing_filename=self.backing_file or None,
-                backing_format=self.backing_fmt if self.backing_file else None,
-            )
+            await create_image(file, self._as_options())
         finally:
             services.graph.remove_user(file, user)
             await services.graph.close_unused()
 
-    def _check(self) -> None:
-        if self.size % SECTOR_SIZE:
-            raise RequestError(f"Image size must be a multiple of {SECTOR_SIZE} bytes")
-        if not SECTOR_SIZE <= self.cluster_size <= 2 * MIB or self.cluster_size.bit_count() != 1:
-            raise RequestError(
-                f"Cluster size must be a power of two between {SECTOR_SIZE} and {2 * MIB // KIB}k"
-            )
-        if self.refcount_bits.bit_count() != 1 or self.refcount_bits > 64:
-            raise RequestError("Refcount width must be a power of two and may not exceed 64 bits")
+    def _as_options(self) -> CreateOptions:
         if self.backing_fmt is not None and not self.backing_file:
             raise RequestError("Backing format cannot be used without backing file")
-        _require_no_preallocation(self.preallocation)
-        made = ("v3", False, 16, "zlib", False)
-        if made != (
-            *(self.version, self.lazy_refcounts, self.refcount_bits),
-            *(self.compression_type, self.extended_l2),
-        ):
-            raise RequestError(
-                "New images are of version v3, with 16 refcount-bits and compression-type zlib, without "
-                "lazy-refcounts and extended-l2"
-            )
+        return CreateOptions(
+            size=self.size,
+            backing_filename=self.backing_file or None,
+            backing_format=self.backing_fmt if self.backing_file else None,
+            cluster_size=self.cluster_size,
+            version=2 if self.version == "v2" else 3,
+            refcount_bits=self.refcount_bits,
+            lazy_refcounts=self.lazy_refcounts,
+            extended_l2=self.extended_l2,
+            compression_type=self.compression_type,
+            preallocation=self.preallocation,
+        )
 
 
 class OtherOptions(Members):
@@ -122,11 +108,6 @@ async def blockdev_create(services: Services, arguments: BlockdevCreateArguments
     if isinstance(options, OtherOptions):
         raise RequestError("Driver does not support blockdev-create")
     services.jobs.start(CreateJob(arguments.job_id, partial(options.make, services)))
-
-
-def _require_no_preallocation(mode: Preallocation) -> None:
-    if mode != "off":
-        raise RequestError(f"Unsupported preallocation mode '{mode}'")
 
 
 async def _held_file(services: Services, told: str | NodeOptions, user: str) -> ProtocolNode:

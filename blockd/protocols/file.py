@@ -28,6 +28,8 @@ _libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, 
 
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
+# What fallocate answers where a filesystem or device cannot do it.
+_NOT_FOR_THIS_FILE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
 _SYNC_FILE_RANGE_WRITE = 2
 _BLKGETSIZE64 = 0x80081272
 
@@ -217,9 +219,19 @@ class FileNode(ProtocolNode):
         if _libc.fallocate(self._fd, mode, offset, length) == 0:
             return
         code = ctypes.get_errno()
-        if code not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM):
+        if code not in _NOT_FOR_THIS_FILE:
             raise StorageError.from_os(OSError(code, ""), "punch a hole in", self.filename)
         self._write_zeroes_blocking(offset, length)
+
+    def allocate_blocking(self, offset: int, length: int) -> None:
+        self._require_writable()
+        if _libc.fallocate(self._fd, 0, offset, length) == 0:
+            self.size = max(self.size, offset + length)
+            return
+        code = ctypes.get_errno()
+        if code not in _NOT_FOR_THIS_FILE:
+            raise StorageError.from_os(OSError(code, ""), "allocate space in", self.filename)
+        super().allocate_blocking(offset, length)
 
     def _write_zeroes_blocking(self, offset: int, length: int) -> None:
         end = min(offset + length, self.size)

@@ -85,8 +85,11 @@ async def test_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
         ({"cluster_size": 4 * MIB}, "Cluster size must be a power of two between 512 and 2048k"),
         ({"backing_fmt": "qcow2"}, "Backing format cannot be used without backing file"),
         ({"refcount_bits": 7}, "Refcount width must be a power of two and may not exceed 64 bits"),
-        ({"version": "v2"}, "New images are of version v3, with 16 refcount-bits"),
-        ({"preallocation": "full"}, "Unsupported preallocation mode 'full'"),
+        ({"version": "v2", "lazy_refcounts": True}, "Lazy refcounts only supported with compatibility level"),
+        (
+            {"preallocation": "full", "backing_file": "b", "backing_fmt": "raw"},
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on",
+        ),
         ({"file": "nope"}, "Cannot find device='nope' nor node-name='nope'"),
         ({"file": "ro"}, "Block node is read-only"),
         ({"file": "image"}, "An image is made in a file, and 'image' is of driver 'qcow2'"),

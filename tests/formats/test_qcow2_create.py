@@ -75,8 +75,8 @@ async def test_backing_names_are_kept_as_given(tmp_path: Path, name: str) -> Non
 @pytest.mark.parametrize(
     ("size", "cluster_size", "said"),
     [
-        (MIB, 256, "between 512 and 2M"),
-        (MIB, 4 * MIB, "between 512 and 2M"),
+        (MIB, 256, "between 512 and 2048k"),
+        (MIB, 4 * MIB, "between 512 and 2048k"),
         (MIB, 65535, "power of two"),
         (MIB, 0, "power of two"),
         (-512, 65536, "multiple of 512"),
@@ -97,7 +97,7 @@ async def test_impossible_sizes_are_refused(tmp_path: Path, size: int, cluster_s
         ("b" * 1024, "raw", 65536, "more than 1023"),
         ("b" * 1000, "raw", 512, "too long for clusters of 512 bytes"),
         ("base", None, 65536, "needs its format"),
-        (None, "raw", 65536, "without a backing file"),
+        (None, "raw", 65536, "cannot be used without backing file"),
         ("ba\0se", "raw", 65536, "NUL"),
     ],
 )

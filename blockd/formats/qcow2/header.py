@@ -44,7 +44,14 @@ _INCOMPATIBLE_KNOWN = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_C
 
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 
+AUTOCLEAR_BITMAPS = 1 << 0
+AUTOCLEAR_DATA_FILE_RAW = 1 << 1
+
+COMPRESSION_TYPES = ("zlib", "zstd")
+
 EXTENSION_END = 0
+EXTENSION_BITMAPS = 0x23852875
+EXTENSION_DATA_FILE = 0x44415441
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
 EXTENSION_FEATURE_NAMES = 0x6803F857
 
@@ -52,13 +59,19 @@ EXTENSION_FEATURE_NAMES = 0x6803F857
 SIZE_FIELD = 24
 L1_FIELDS = 36  # entry count u32, offset u64
 REFCOUNT_TABLE_FIELDS = 48  # offset u64, clusters u32
+INCOMPATIBLE_FIELD = 72
 AUTOCLEAR_FIELD = 88
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _V3_LENGTH = 104
-# What `pack` writes: version 3 with the compression type byte and its padding.
+# What new images have: version 3 with the compression type byte and its padding, or version 2.
 HEADER_LENGTH = 112
+HEADER_LENGTH_V2 = _V2.size
+
+L2_ENTRY_SIZE = 8
+# The second half is the bitmap of the subclusters.
+EXTENDED_L2_ENTRY_SIZE = 16
 
 
 class Extension(NamedTuple):
@@ -95,11 +108,21 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def has_extended_l2(self) -> bool:
+        return bool(self.incompatible & INCOMPATIBLE_EXTENDED_L2)
+
+    @property
+    def l2_entry_size(self) -> int:
+        return EXTENDED_L2_ENTRY_SIZE if self.has_extended_l2 else L2_ENTRY_SIZE
+
+    @property
     def backing_format(self) -> str | None:
-        for extension in self.extensions:
-            if extension.type == EXTENSION_BACKING_FORMAT:
-                return extension.data.decode("utf-8", "replace")
-        return None
+        data = self.extension(EXTENSION_BACKING_FORMAT)
+        return None if data is None else data.decode("utf-8", "replace")
+
+    def extension(self, kind: int) -> bytes | None:
+        """The data of the first header extension of a type; None if there is none."""
+        return next((entry.data for entry in self.extensions if entry.type == kind), None)
 
 
 def probe(first_bytes: bytes) -> bool:
@@ -107,10 +130,16 @@ def probe(first_bytes: bytes) -> bool:
     return first_bytes.startswith(MAGIC)
 
 
-def l1_entry_count_for(size: int, cluster_bits: int) -> int:
+def l1_entry_count_for(size: int, cluster_bits: int, l2_entry_size: int = L2_ENTRY_SIZE) -> int:
     """How many L1 entries a disk of `size` bytes needs."""
-    l2_coverage_bits = cluster_bits + cluster_bits - 3
-    return (size + (1 << l2_coverage_bits) - 1) >> l2_coverage_bits
+    l2_coverage = (1 << cluster_bits) // l2_entry_size << cluster_bits
+    return -(-size // l2_coverage)
+
+
+def compression_name(compression_type: int) -> str:
+    """What a compression type is called, also one of a later version."""
+    known = compression_type < len(COMPRESSION_TYPES)
+    return COMPRESSION_TYPES[compression_type] if known else f"unknown ({compression_type})"
 
 
 # -- parsing ----------------------------------------------------------------------------------
@@ -215,7 +244,7 @@ def _check_bounds(header: Header, name: str) -> None:
         raise ImageError(f"'{name}': refcount_order {header.refcount_order} is larger than 6")
     if header.l1_entry_count * 8 > L1_SIZE_MAX:
         raise ImageError(f"'{name}': an L1 table of {header.l1_entry_count} entries is larger than 32 MiB")
-    if header.l1_entry_count < l1_entry_count_for(header.size, header.cluster_bits):
+    if header.l1_entry_count < l1_entry_count_for(header.size, header.cluster_bits, header.l2_entry_size):
         raise ImageError(
             f"'{name}': the L1 table of {header.l1_entry_count} entries is too small for the disk size"
         )
@@ -259,7 +288,7 @@ def _feature_name(header: Header, bit: int) -> str:
 
 
 def pack(header: Header) -> bytes:
-    """Lay out a new header cluster, version 3, with the extensions and then the backing name.
+    """Lay out a new header cluster with the extensions and then the backing name.
 
     Raises:   RequestError: the backing file name does not fit.
     """
