@@ -79,7 +79,7 @@ class Qcow2Options(Members):
             backing_filename=self.backing_file or None,
             backing_format=self.backing_fmt if self.backing_file else None,
             cluster_size=self.cluster_size,
-            version=2 if self.version == "v2" else 3,
+            compat=self.version,
             refcount_bits=self.refcount_bits,
             lazy_refcounts=self.lazy_refcounts,
             extended_l2=self.extended_l2,

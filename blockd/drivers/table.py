@@ -32,7 +32,10 @@ from blockd.filters.throttle import Throttle
 from blockd.formats.qcow2 import header as qcow2_header
 from blockd.formats.qcow2.check import check as check_qcow2
 from blockd.formats.qcow2.create import create as create_qcow2
+from blockd.formats.qcow2.header import COMPRESSION_TYPES
 from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.qcow2.info import info_blocking
+from blockd.formats.qcow2.repair import repair as repair_qcow2
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
 
@@ -167,14 +170,36 @@ async def _qcow2_image(file: ProtocolNode, node_name: str, read_only: bool) -> B
     return await Qcow2Image.open(file, node_name=node_name, read_only=read_only)
 
 
+def _qcow2_info(image: BlockNode) -> Mapping[str, object]:
+    assert isinstance(image, Qcow2Image)
+    return info_blocking(image.file, image.metadata.header).image_info()
+
+
+_QCOW2_CREATE: Fields = {
+    "cluster_size": Field(size),
+    "compat": Field(choice("0.10", "1.1", "v2", "v3")),
+    "refcount_bits": Field(integer),
+    "lazy_refcounts": Field(flag),
+    "extended_l2": Field(flag),
+    "compression_type": Field(choice(*COMPRESSION_TYPES)),
+    "preallocation": Field(choice("off", "metadata", "falloc", "full")),
+}
+
 FORMATS: Mapping[str, Format] = {
     "qcow2": Format(
         _qcow2_image,
         Signature(".qcow2", qcow2_header.probe),
         create_qcow2,
-        create_options={"cluster_size": Field(size)},
+        create_options=_QCOW2_CREATE,
         has_backing=True,
         check=check_qcow2,
+        repair=repair_qcow2,
+        info=_qcow2_info,
     ),
-    "raw": Format(_raw_image, Signature(".raw", None), create_raw),
+    "raw": Format(
+        _raw_image,
+        Signature(".raw", None),
+        create_raw,
+        create_options={"preallocation": Field(choice("off", "falloc", "full"))},
+    ),
 }

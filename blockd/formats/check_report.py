@@ -52,6 +52,8 @@ class CheckReport:
     corruptions_fixed: int = 0
     is_dirty: bool = False
     is_marked_corrupt: bool = False
+    # Why a repair has changed nothing, although there was something to repair.
+    refusal: str | None = None
     findings: list[Finding] = field(default_factory=list)
 
     def add_leak(self, offset: int, message: str) -> None:

@@ -1,8 +1,6 @@
 """What a new qcow2 image may be like: the options with qemu-img's names, defaults and error texts."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from blockd.errors import RequestError
 from blockd.formats.qcow2.header import (
@@ -14,12 +12,13 @@ from blockd.formats.qcow2.header import (
     L2_ENTRY_SIZE,
     REFCOUNT_ORDER_MAX,
 )
-from blockd.units import KIB, SECTOR_SIZE, align_up, format_size, parse_size
+from blockd.units import KIB, SECTOR_SIZE, format_size
 
 CLUSTER_SIZE_DEFAULT = 65536
 REFCOUNT_BITS_DEFAULT = 16
 PREALLOCATION_MODES = ("off", "metadata", "falloc", "full")
 
+_VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _ENTRY_SIZE = 8
 _CLUSTER_SIZE_MIN, _CLUSTER_SIZE_MAX = 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX
 # 32 subclusters of at least a sector each.
@@ -35,12 +34,16 @@ class CreateOptions:
     backing_filename: str | None = None
     backing_format: str | None = None
     cluster_size: int = CLUSTER_SIZE_DEFAULT
-    version: int = 3
+    compat: str = "1.1"
     refcount_bits: int = REFCOUNT_BITS_DEFAULT
     lazy_refcounts: bool = False
     extended_l2: bool = False
     compression_type: str = "zlib"
     preallocation: str = "off"
+
+    @property
+    def version(self) -> int:
+        return _VERSIONS[self.compat]
 
     @property
     def l2_entry_size(self) -> int:
@@ -51,8 +54,8 @@ class CreateOptions:
 
         Raises:   RequestError: with QEMU's words, where it has any.
         """
-        self._check_sizes()
         self._check_features()
+        self._check_sizes()
         self._check_backing()
 
     def _check_sizes(self) -> None:
@@ -77,8 +80,7 @@ class CreateOptions:
             )
 
     def _check_features(self) -> None:
-        if self.version not in (2, 3):
-            raise RequestError(f"Parameter 'version' does not accept value 'v{self.version}'")
+        _require_one_of("version", self.compat, tuple(_VERSIONS))
         if self.refcount_bits.bit_count() != 1 or not 0 < self.refcount_bits <= 1 << REFCOUNT_ORDER_MAX:
             raise RequestError("Refcount width must be a power of two and may not exceed 64 bits")
         _require_one_of("compression-type", self.compression_type, COMPRESSION_TYPES)
@@ -120,89 +122,3 @@ class CreateOptions:
 def _require_one_of(name: str, value: str, accepted: tuple[str, ...]) -> None:
     if value not in accepted:
         raise RequestError(f"Parameter '{name}' does not accept value '{value}'")
-
-
-# -- as text --------------------------------------------------------------------------------------
-
-
-def parse_options(texts: Mapping[str, str], *, size: int | None = None) -> CreateOptions:
-    """Understand options as after `qemu-img create -o`, name to value; `size` may be given apart.
-
-    A size that is no multiple of 512 is rounded up, as by qemu-img.
-
-    Raises:   RequestError: an option that does not exist or is not supported, or a value it cannot have.
-    """
-    values: dict[str, Any] = {} if size is None else {"size": size}
-    for name, text in texts.items():
-        if name in _REFUSED or name.startswith("encrypt."):
-            _refuse(name, text)
-            continue
-        if name not in _OPTIONS:
-            raise RequestError(f"Invalid parameter '{name}'")
-        member, parse = _OPTIONS[name]
-        values[member] = parse(name, text)
-    if "size" not in values:
-        raise RequestError("Image creation needs a size parameter")
-    values["size"] = align_up(values["size"], SECTOR_SIZE)
-    options = CreateOptions(**values)
-    options.check()
-    return options
-
-
-_REFUSED = {
-    "encryption": "Encrypted images are not supported",
-    "data_file": "External data files are not supported",
-    "data_file_raw": "External data files are not supported",
-}
-
-
-def _refuse(name: str, text: str) -> None:
-    """Refuse what is not supported, unless it is turned off."""
-    if name in ("encryption", "data_file_raw") and not _switch(name, text):
-        return
-    raise RequestError(f"{_REFUSED.get(name, _REFUSED['encryption'])} (option '{name}')")
-
-
-def _text(name: str, text: str) -> str:
-    return text
-
-
-def _size(name: str, text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise RequestError(f"Parameter '{name}' expects a non-negative number below 2^64") from error
-
-
-def _number(name: str, text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise RequestError(f"Parameter '{name}' expects a number")
-    return int(text)
-
-
-def _switch(name: str, text: str) -> bool:
-    if text not in ("on", "off"):
-        raise RequestError(f"Parameter '{name}' expects 'on' or 'off'")
-    return text == "on"
-
-
-def _version(name: str, text: str) -> int:
-    versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-    if text not in versions:
-        raise RequestError(f"Parameter 'version' does not accept value '{text}'")
-    return versions[text]
-
-
-# By qemu-img's name: the member it becomes, and how its text is read.
-_OPTIONS: dict[str, tuple[str, Callable[[str, str], Any]]] = {
-    "size": ("size", _size),
-    "backing_file": ("backing_filename", _text),
-    "backing_fmt": ("backing_format", _text),
-    "cluster_size": ("cluster_size", _size),
-    "compat": ("version", _version),
-    "refcount_bits": ("refcount_bits", _number),
-    "lazy_refcounts": ("lazy_refcounts", _switch),
-    "extended_l2": ("extended_l2", _switch),
-    "compression_type": ("compression_type", _text),
-    "preallocation": ("preallocation", _text),
-}

@@ -93,6 +93,16 @@ class Qcow2Info:
     def is_corrupt(self) -> bool:
         return bool(self.header.incompatible & qcow2_header.INCOMPATIBLE_CORRUPT)
 
+    def image_info(self) -> dict[str, object]:
+        """The members that QEMU's ImageInfo has for this format."""
+        told: dict[str, object] = {
+            "dirty-flag": self.is_dirty,
+            "format-specific": {"type": "qcow2", "data": self.format_specific()},
+        }
+        if self.snapshots:
+            told["snapshots"] = [snapshot.as_json() for snapshot in self.snapshots]
+        return told
+
     def format_specific(self) -> dict[str, object]:
         """What stands under "format-specific" as "data" in QEMU's ImageInfo."""
         header = self.header
