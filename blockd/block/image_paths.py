@@ -42,6 +42,12 @@ def without_protocol(filename: str) -> str:
     return filename.removeprefix(f"{_PLAIN_PROTOCOL}:")
 
 
+def beside(filename: str, recorded: str) -> str:
+    """Where a name that is recorded in an image leads; written as it is recorded."""
+    folder, slash, _ = filename.rpartition("/")
+    return recorded if recorded.startswith("/") else folder + slash + recorded
+
+
 class ImagePaths:
     """The folders and files that names inside images may lead to, besides the image's own folder.
 

@@ -157,19 +157,3 @@ async def raw(options: argparse.Namespace) -> ExitStatus:
     async with await QmpClient.connect(options.socket) as client:
         print_json(await client.send(options.request))
     return ExitStatus.SUCCESS
-
-
-async def create(options: argparse.Namespace) -> ExitStatus:
-    """Make an image; the one command that asks no daemon."""
-    from blockd.cli.image.create import create_image  # noqa: PLC0415  (image formats are slow to load)
-
-    size = await create_image(
-        options.file,
-        options.size,
-        options.format,
-        backing=options.backing,
-        backing_format=options.backing_format,
-    )
-    if options.json:
-        print_json({"filename": options.file, "size": size})
-    return ExitStatus.SUCCESS

@@ -4,17 +4,17 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 
 from blockd import __version__
 from blockd.cli import actions
 from blockd.cli.actions import DEFAULT_SOCKET, ExitStatus
 from blockd.cli.display import print_error, print_json
+from blockd.cli.image.arguments import ImageParsers, size
 from blockd.cli.qmp_client import CommandFailed, Message, NoConnection
 from blockd.errors import BlockdError
-from blockd.units import parse_size
 
-Action = Callable[[argparse.Namespace], Coroutine[None, None, ExitStatus]]
+Action = Callable[[argparse.Namespace], Coroutine[None, None, int]]
 
 _EPILOG = """\
 exit status:
@@ -31,14 +31,15 @@ examples:
   blockctl status vda --watch                     come back to a stream that runs
   blockctl create copy.qcow2 -b disk.qcow2 -F qcow2
   blockctl switch vda copy.qcow2 && blockctl stream vda --wait
+  blockctl image info copy.qcow2                  needs no daemon; see blockctl image --help
   blockctl raw '{"execute": "query-block"}'
 """
 
 
-def main() -> int:
-    """Run `blockctl` with the arguments of the process and return its exit status."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `blockctl` with these arguments, by default those of the process, and return its exit status."""
     parser = _parser()
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if getattr(options, "watch", False) and options.device is None:
         parser.error("--watch needs a DEVICE")
     action: Action = options.action
@@ -55,13 +56,6 @@ def main() -> int:
 
 
 # -- the command line -------------------------------------------------------------------------
-
-
-def _size(text: str) -> int:
-    try:
-        return parse_size(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _request(text: str) -> Message:
@@ -118,7 +112,7 @@ def _add_stream_commands(commands: "argparse._SubParsersAction[argparse.Argument
     stream = _add(commands, "stream", actions.stream, "copy what a disk lacks from its backing files into it")
     stream.add_argument("device")
     stream.add_argument("--base", metavar="FILE", help="copy nothing from this image or from below it")
-    stream.add_argument("--speed", type=_size, default=0, metavar="RATE", help="bytes a second, such as 10M")
+    stream.add_argument("--speed", type=size, default=0, metavar="RATE", help="bytes a second, such as 10M")
     stream.add_argument(
         "--on-error",
         choices=("report", "ignore", "stop", "enospc"),
@@ -143,12 +137,11 @@ def _add_other_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     _add(commands, "list", actions.list_all, "list disks with their backing files, streams and exports")
     raw = _add(commands, "raw", actions.raw, "send a QMP request and print what it returns")
     raw.add_argument("request", type=_request, help="a JSON object, or - to read it from standard input")
-    create = _add(commands, "create", actions.create, "make a new image; needs no daemon")
-    create.add_argument("file")
-    create.add_argument("size", nargs="?", type=_size, help="such as 10G (default: that of the backing file)")
-    create.add_argument("-f", "--format", choices=("qcow2", "raw"), default="qcow2", help="default: qcow2")
-    create.add_argument("-b", "--backing", metavar="FILE", help="make an overlay of FILE")
-    create.add_argument("-F", "--backing-format", choices=("qcow2", "raw"), help="the format of that FILE")
+    images = ImageParsers(
+        lambda parser: _add_shared(parser, socket=argparse.SUPPRESS, is_json=argparse.SUPPRESS)
+    )
+    images.add_create(commands)
+    images.add_image(commands)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from pathlib import Path
 from pydantic import Field
 
 from blockd.block.chain import unfiltered
+from blockd.block.image_paths import beside
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.qmp.models import Members, Result
@@ -125,16 +126,10 @@ def _image_info(node: BlockNode) -> ImageInfo:
         dirty_flag=is_dirty,
         cluster_size=node.cluster_size if node.cluster_size > 1 else None,
         backing_filename=recorded,
-        full_backing_filename=_beside(node.filename, recorded) if recorded else None,
+        full_backing_filename=beside(node.filename, recorded) if recorded else None,
         backing_filename_format=node.backing_format if isinstance(node, OverlayNode) and recorded else None,
         format_specific=_format_specific(node),
     )
-
-
-def _beside(filename: str, recorded: str) -> str:
-    """Where the recorded name of a backing file leads; written as it is recorded."""
-    folder, slash, _ = filename.rpartition("/")
-    return recorded if recorded.startswith("/") else folder + slash + recorded
 
 
 def _format_specific(node: BlockNode) -> FormatSpecific | None:

@@ -145,9 +145,17 @@ class NodeGraph:
         return node
 
     async def open_image(
-        self, filename: str, format_name: str | None, *, read_only: bool, node_name: str | None = None
+        self,
+        filename: str,
+        format_name: str | None,
+        *,
+        read_only: bool,
+        node_name: str | None = None,
+        has_backing: bool = True,
     ) -> BlockNode:
         """Open an image with its recorded backing chain; `blkstream:` before the name adds copy-on-read.
+
+        `has_backing`: False leaves the chain out, for those who only look at the image.
 
         The image stays until its last user leaves. Without a format the extension and the content have
         to agree on one.
@@ -163,7 +171,8 @@ class NodeGraph:
             name = opening.claim_name(node_name)
             image_name = name if plain == filename else opening.claim_name()
             image = await opening.open_image(path, format_name, image_name, read_only=read_only)
-            await opening.open_recorded_backing(image)
+            if has_backing:
+                await opening.open_recorded_backing(image)
             return image if plain == filename else opening.add(copy_on_read(image, name))
 
         node = await self._join(work)

@@ -1,10 +1,12 @@
 """`blockctl image create`: an empty image, or an overlay of another one, with qemu-img's options."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from blockd.block.image_paths import printable
-from blockd.block.options import Field, Fields, Options, check_fields, size, text
+from blockd.block.options import Field, Fields, check_fields, text
+from blockd.block.options import size as check_size
 from blockd.cli.keyval import parse_keyval
 from blockd.drivers import FORMATS
 from blockd.drivers.opening import Format
@@ -13,25 +15,47 @@ from blockd.protocols.file import FileNode
 from blockd.protocols.new_file import new_file
 
 # What may be given after -o as well as by options and arguments of its own, for every format.
-_EVERY_FORMAT: Fields = {"size": Field(size), "backing_file": Field(text), "backing_fmt": Field(text)}
+_EVERY_FORMAT: Fields = {
+    "size": Field(check_size),
+    "backing_file": Field(text),
+    "backing_fmt": Field(text),
+}
 
 
-def parse_create_options(image_format: str, texts: Sequence[str]) -> Options:
-    """Read ``-o key=value,…``, given any number of times, by what the format can be told.
+class NewImage(NamedTuple):
+    """What an image is to be like; without a size it is as large as its backing file."""
 
-    Raises:   RequestError: no such format, no such option, or a value that cannot be.
-    """
-    fields = {**_EVERY_FORMAT, **format_entry(image_format).create_options}
-    told: Options = {}
-    for words in texts:
-        told.update(parse_keyval(words))
-    for name in told:
-        if name not in fields:
-            raise RequestError(
-                f"Invalid option '{printable(name)}' for the format '{image_format}', which can be told: "
-                f"{', '.join(sorted(fields))}"
-            )
-    return check_fields(told, fields, is_text=True)
+    image_format: str
+    size: int | None = None
+    backing: str | None = None
+    backing_format: str | None = None
+    # What only its format can be told, as arguments of `Format.create`.
+    options: Mapping[str, object] = {}
+
+    def told(self, texts: Sequence[str]) -> "NewImage":
+        """What `texts` (``key=value,…``) say is added; what was said before stays.
+
+        Raises:   RequestError: no such format, no such option, or a value that cannot be.
+        """
+        fields = {**_EVERY_FORMAT, **format_entry(self.image_format).create_options}
+        words = {name: value for part in texts for name, value in parse_keyval(part).items()}
+        for name in words:
+            if name not in fields:
+                raise RequestError(
+                    f"Invalid option '{printable(name)}' for the format '{self.image_format}', which can be "
+                    f"told: {', '.join(sorted(fields))}"
+                )
+        told = check_fields(words, fields, is_text=True)
+        size, backing, backing_format = (told.pop(name, None) for name in _EVERY_FORMAT)
+        assert isinstance(size, int | None)
+        assert isinstance(backing, str | None)
+        assert isinstance(backing_format, str | None)
+        return self._replace(
+            size=size if self.size is None else self.size,
+            backing=backing if self.backing is None else self.backing,
+            backing_format=backing_format if self.backing_format is None else self.backing_format,
+            options={**told, **self.options},
+        )
 
 
 def format_entry(name: str) -> Format:
@@ -44,21 +68,14 @@ def format_entry(name: str) -> Format:
     return FORMATS[name]
 
 
-async def create_image(
-    filename: str,
-    size: int | None,
-    image_format: str,
-    *,
-    backing: str | None,
-    backing_format: str | None,
-    options: Options | None = None,
-) -> int:
-    """Make an image, as large as its backing file if no size is given; returns its size.
+async def create_image(filename: str, image: NewImage) -> int:
+    """Make an image; returns its size.
 
     Raises:   RequestError: it cannot be made so, or the file exists. StorageError: the disk failed.
     Fails to: there is no such file.
     """
-    entry = format_entry(image_format)
+    entry = format_entry(image.image_format)
+    size, backing, backing_format = image.size, image.backing, image.backing_format
     if (backing is None) != (backing_format is None):
         raise RequestError("A backing file and its format are given together: -b FILE -F FORMAT")
     if size is None:
@@ -67,7 +84,7 @@ async def create_image(
         size = await _size_of(str(Path(filename).parent / backing), backing_format)
     async with new_file(filename) as file:
         await entry.create(
-            file, size, backing_filename=backing, backing_format=backing_format, **(options or {})
+            file, size, backing_filename=backing, backing_format=backing_format, **image.options
         )
     return size
 

@@ -1,0 +1,150 @@
+"""`blockctl image convert`: a stream, into a fresh image, of all that a chain holds.
+
+The target is made as an empty overlay of the source, streamed into, and then records no backing any more.
+So a copy that a power cut ends is an overlay of its source, complete and correct, and one that ends with
+an error or Ctrl-C is removed. A raw target knows no backing: until the copy is done it is no image.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from typing import NamedTuple
+
+from blockd.block.chain import format_of
+from blockd.block.node import BlockNode, OverlayNode
+from blockd.cli.following import POLL_INTERVAL_S, StreamStatus
+from blockd.cli.image.create import NewImage, create_image, format_entry
+from blockd.cli.image.opening import opened_image
+from blockd.drivers import NodeGraph
+from blockd.filters.blkstream import BlkStream
+from blockd.formats.raw.target import RawTarget
+from blockd.jobs.job import Action, Job
+from blockd.jobs.manager import JobManager
+from blockd.jobs.stream import StreamJob
+from blockd.protocols.file import FileNode
+
+_JOB_ID = "convert"
+
+
+class Source(NamedTuple):
+    """The image to copy."""
+
+    filename: str
+    image_format: str | None
+    image_paths: Sequence[str]
+
+
+class Converted(NamedTuple):
+    """What was done, in bytes."""
+
+    size: int
+    copied: int
+    zero: int
+
+
+async def convert_image(
+    source: Source, target: str, image: NewImage, show: Callable[[StreamStatus], None]
+) -> Converted:
+    """Copy an image, and `show` how far it is.
+
+    Raises:   RequestError, ImageError, StorageError: the source cannot be read, or the target not be made.
+    Fails to: there is no such target.
+    """
+    has_backing = format_entry(image.image_format).has_backing
+    async with opened_image(source.filename, source.image_format, source.image_paths) as (top, graph):
+        if has_backing:
+            image = image._replace(backing=_name_for(top, target), backing_format=format_of(top))
+        await create_image(target, image._replace(size=top.size))
+        with _removed_on_failure(target):
+            opening = _overlay(graph, target, image.image_format, top) if has_backing else _plain(target, top)
+            async with opening as overlay:
+                job = await _stream(overlay, target, show)
+    return Converted(job.length, job.counters.copied, job.counters.zero)
+
+
+def _name_for(source: BlockNode, target: str) -> str:
+    """How the target is to name the source: shortly if they are in one folder."""
+    path = Path(source.filename).absolute()
+    return path.name if path.parent == Path(target).absolute().parent else str(path)
+
+
+@contextmanager
+def _removed_on_failure(filename: str) -> Iterator[None]:
+    """Leave no half-made image behind, whatever ends the block."""
+    try:
+        yield
+    except BaseException:
+        Path(filename).unlink()
+        raise
+
+
+@asynccontextmanager
+async def _overlay(
+    graph: NodeGraph, target: str, image_format: str, source: BlockNode
+) -> AsyncIterator[OverlayNode]:
+    """The target as an overlay; the graph closes it."""
+    yield await graph.open_overlay(target, image_format, source)
+
+
+@asynccontextmanager
+async def _plain(target: str, source: BlockNode) -> AsyncIterator[OverlayNode]:
+    """The target as what cannot have a backing."""
+    file = await FileNode.open(target, node_name="target", read_only=False)
+    try:
+        yield RawTarget(file, source, node_name="raw-target")
+    finally:
+        await file.close()
+
+
+class _Silent:
+    """Nobody needs to be told what the job is told; its errors are raised at the end."""
+
+    def status_changed(self, job: Job) -> None:
+        """Seen from its progress."""
+
+    def error_met(self, job: Job, operation: str, action: Action) -> None:
+        """Each is reported by ending the job."""
+
+    def pending(self, job: Job) -> None:
+        """It is finalized by itself."""
+
+    def ended(self, job: Job) -> None:
+        """Waited for."""
+
+
+async def _stream(overlay: OverlayNode, name: str, show: Callable[[StreamStatus], None]) -> StreamJob:
+    job = StreamJob(_JOB_ID, BlkStream(overlay, None, "stream"), base_filename=None, base_format=None)
+    async with JobManager(_Silent()) as jobs:
+        jobs.start(job)
+        while not await _has_ended(job):
+            show(_status(job, name))
+    if job.error is not None:
+        raise job.error
+    overlay.backing = None
+    return job
+
+
+async def _has_ended(job: Job) -> bool:
+    """Wait for the end, or until it is time to show how far it is."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(POLL_INTERVAL_S):
+            await job.wait_ended()
+            return True
+    return False
+
+
+def _status(job: StreamJob, name: str) -> StreamStatus:
+    status: StreamStatus = {
+        "device": name,
+        "len": job.length,
+        "offset": job.offset,
+        "speed": job.speed,
+        "status": job.status.value,
+        "io-status": job.io_status.value,
+        "copied": job.counters.copied,
+        "rate": round(job.rate),
+    }
+    if job.seconds_left is not None:
+        status["seconds-left"] = round(job.seconds_left, 1)
+    return status

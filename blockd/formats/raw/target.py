@@ -1,0 +1,130 @@
+"""A new raw image as the target of a stream that fills it from an empty file.
+
+A raw image cannot say what it lacks. While it is new and nobody uses it, that can be kept in memory:
+this is an overlay for the time of one copy, and a plain file afterwards. An image that is in use, or that
+has to outlive a crash half copied, needs an add-cow file beside it instead.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+
+from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.segments import read_segments
+from blockd.errors import ErrorKind, RequestError
+from blockd.extents import Extent, Kind, merged
+from blockd.formats.copying import Part, copy_parts, split_zeroes
+from blockd.units import align_up
+
+CLUSTER_SIZE = 65536
+
+# How many clusters are looked up before others get their turn.
+RUN_CLUSTER_COUNT_MAX = 4096
+
+
+class RawTarget(OverlayNode):
+    """A file of holes, filled once; only a stream writes to it.
+
+    Needs:    the file is new: it reads as zeroes all over.
+    """
+
+    driver = "raw"
+    cluster_size = CLUSTER_SIZE
+
+    def __init__(self, file: ProtocolNode, backing: BlockNode, *, node_name: str) -> None:
+        super().__init__(node_name, file.filename, backing.size, read_only=False)
+        self.file = file
+        self.backing = backing
+        self.backing_filename = backing.filename
+        self.backing_format = None
+        self._is_present = bytearray(align_up(self.size, CLUSTER_SIZE) // CLUSTER_SIZE)
+
+    def children(self) -> Mapping[str, BlockNode]:
+        return {"file": self.file}
+
+    # -- reading ------------------------------------------------------------------------------
+
+    def read_own_nowait(self, offset: int, length: int) -> Buffer | None:
+        return None
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        return await read_segments(await self.plan_read(offset, length), length)
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        segments: list[Segment] = []
+        end = offset + length
+        while offset < end:
+            extent = (await self.map(offset, end - offset))[0]
+            if extent.kind is Kind.DATA or self.backing is None:
+                segments.append(Segment(extent.length, self.file, offset))
+            else:
+                segments += await self.backing.plan_read(offset, extent.length)
+            offset = extent.end
+        return segments
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        end = min(offset + length, align_up(offset + 1, CLUSTER_SIZE) + RUN_CLUSTER_COUNT_MAX * CLUSTER_SIZE)
+        borders = [offset, *range(align_up(offset + 1, CLUSTER_SIZE), end, CLUSTER_SIZE), end]
+        return list(
+            merged(Extent(start, border - start, self._kind(start)) for start, border in pairwise(borders))
+        )
+
+    def _kind(self, offset: int) -> Kind:
+        return Kind.DATA if self._is_present[offset // CLUSTER_SIZE] else Kind.UNALLOCATED
+
+    def kind_nowait(self, offset: int, length: int) -> Kind | None:
+        return None
+
+    # -- writing ------------------------------------------------------------------------------
+
+    async def fill(
+        self,
+        offset: int,
+        length: int,
+        source: list[Segment],
+        is_wanted: Callable[[int], bool],
+        *,
+        keep_cached: bool = False,
+    ) -> FillCounts:
+        parts, zeroed = [], 0
+        for extent in await self.map(offset, length):
+            if extent.kind is Kind.DATA:
+                continue
+            for start, end, is_zero in split_zeroes(self, extent.offset, extent.end, offset, source):
+                if is_zero:
+                    zeroed += end - start  # a hole already
+                else:
+                    padded = align_up(end, CLUSTER_SIZE) - start
+                    parts.append(Part(start, padded, partial(self._write_blocking, start)))
+        zero_clusters = await copy_parts(CLUSTER_SIZE, parts, offset, source) if parts else set()
+        first, last = offset // CLUSTER_SIZE, align_up(offset + length, CLUSTER_SIZE) // CLUSTER_SIZE
+        self._is_present[first:last] = b"\1" * (last - first)
+        zeroed += len(zero_clusters) * CLUSTER_SIZE
+        copied = sum(part.length for part in parts) - len(zero_clusters) * CLUSTER_SIZE
+        return FillCounts(copied, zeroed, 0)
+
+    def _write_blocking(self, part_offset: int, position: int, data: memoryview) -> None:
+        offset = part_offset + position
+        self.file.write_cold_blocking(offset, data[: self.size - offset])
+
+    async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
+        await self.flush()
+        self.backing_filename, self.backing_format = filename, backing_format
+
+    async def flush(self) -> None:
+        await self.file.flush()
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        raise self._refusal()
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        raise self._refusal()
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise self._refusal()
+
+    def _refusal(self) -> RequestError:
+        return RequestError(f"'{self.filename}' is being filled", kind=ErrorKind.READ_ONLY)
+
+    async def close(self) -> None:
+        """Nothing is held but the file, which has its own owner."""
