@@ -17,6 +17,9 @@ from blockd.units import align_down, align_up
 # What writing past the page cache asks of memory.
 MEMORY_ALIGNMENT = 4096
 
+# Fills a buffer with what the guest finds from an offset on.
+Read = Callable[[int, memoryview], None]
+
 _scratch = threading.local()
 
 
@@ -64,20 +67,28 @@ async def copy_parts(cluster_size: int, parts: list[Part], offset: int, source: 
 
     Cancel:   takes effect when the thread is done.
     """
+    return await in_thread(_copy_blocking, cluster_size, parts, await source_reader(offset, source))
+
+
+async def source_reader(offset: int, source: list[Segment]) -> Read:
+    """A function for threads that reads the source by guest offset; past its end there are zeroes.
+
+    `offset`: where in the guest's disk the source begins.
+    """
     length = sum(segment.length for segment in source)
     data: memoryview | None = None
     if not can_read_blocking(source):
         data = memoryview(await read_segments(source, length))
 
     def read(start: int, buffer: memoryview) -> None:
-        stored = min(len(buffer), offset + length - start)
+        stored = max(0, min(len(buffer), offset + length - start))
         if data is not None:
             buffer[:stored] = data[start - offset : start - offset + stored]
         else:
             readinto_segments_blocking(clipped(source, start - offset, stored), buffer[:stored])
         buffer[stored:] = bytes(len(buffer) - stored)
 
-    return await in_thread(_copy_blocking, cluster_size, parts, read)
+    return read
 
 
 def _copy_blocking(cluster_size: int, parts: list[Part], read: Callable[[int, memoryview], None]) -> set[int]:

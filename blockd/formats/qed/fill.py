@@ -1,0 +1,189 @@
+"""Filling: how a stream or copy-on-read puts data where the image holds nothing yet.
+
+The copy goes to clusters that nothing names, in one thread hop that reads, finds zeroes, allocates for
+what is none, writes and starts the write-back. Only then is the map changed, cluster by cluster, where
+the cluster is still empty and still wanted. A guest write that comes meanwhile therefore never waits for a
+copy, and a copy never overwrites one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from blockd.aio import in_thread
+from blockd.block.file_events import FileEvent
+from blockd.block.node import FillCounts, Segment
+from blockd.formats.copying import Part, Read, copy_parts, source_reader, split_zeroes
+from blockd.formats.qed.allocator import Run
+from blockd.formats.qed.large_clusters import BUFFER_LENGTH, copy_blocking
+from blockd.formats.qed.mapping import UNALLOCATED, ZERO
+from blockd.formats.qed.metadata import Metadata
+from blockd.units import align_up
+
+if TYPE_CHECKING:
+    from blockd.formats.qed.image import QedImage
+
+
+class Piece(NamedTuple):
+    """Neighbouring empty clusters of the guest, and where their copy is; no run: all zeroes."""
+
+    offset: int
+    cluster_count: int
+    run: Run | None
+
+
+async def fill(
+    image: "QedImage",
+    offset: int,
+    length: int,
+    source: list[Segment],
+    is_wanted: Callable[[int], bool],
+    *,
+    keep_cached: bool,
+) -> FillCounts:
+    """Do what `OverlayNode.fill` promises."""
+    metadata, size = image.metadata, image.cluster_size
+    await metadata.relieve()
+    pieces: list[Piece] = []
+    try:
+        copy = _Copy(image, pieces, keep_cached=keep_cached)
+        parts: list[Part] = []
+        for start, end in await _empty_ranges(image, offset, length):
+            for low, high, is_zero in split_zeroes(image, start, end, offset, source):
+                if is_zero:
+                    pieces.append(Piece(low, (high - low) // size, None))
+                else:
+                    parts.append(Part(low, high - low, partial(copy.write, low)))
+        image.file.announce(FileEvent.COR_WRITE)
+        zero_clusters = await copy.run(parts, offset, source) if parts else set()
+        pieces += [Piece(cluster, 1, None) for cluster in zero_clusters]
+    except BaseException:
+        _give_back(metadata, pieces)
+        raise
+    return await _publish(metadata, sorted(pieces), is_wanted)
+
+
+async def _empty_ranges(image: "QedImage", offset: int, length: int) -> list[tuple[int, int]]:
+    """The ranges of unallocated clusters, rounded up to whole clusters at the disk's end."""
+    ranges = []
+    end = offset + length
+    while offset < end:
+        for start, count, entry in await image.runs(offset, end - offset):
+            offset = start + count
+            if entry == UNALLOCATED:
+                ranges.append((start, align_up(offset, image.cluster_size)))
+    return ranges
+
+
+class _Copy:
+    """One copy: allocates for what has to be stored, in the thread that copies, and notes where it went."""
+
+    def __init__(self, image: "QedImage", pieces: list[Piece], *, keep_cached: bool) -> None:
+        self._file = image.file
+        self._cluster_size = image.cluster_size
+        self._allocator = image.metadata.allocator
+        self._pieces = pieces
+        self._write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
+
+    async def run(self, parts: list[Part], offset: int, source: list[Segment]) -> set[int]:
+        """Copy the source into the parts; returns the guest offsets of clusters that are all zeroes."""
+        if self._cluster_size <= BUFFER_LENGTH:
+            return await copy_parts(self._cluster_size, parts, offset, source)
+        return await in_thread(self._copy_large_blocking, parts, await source_reader(offset, source))
+
+    def write(self, part_offset: int, position: int, data: memoryview) -> None:
+        offset = part_offset + position
+        while data:
+            run = self._allocate(offset, len(data) // self._cluster_size)
+            length = run.cluster_count * self._cluster_size
+            self._write(run.host_offset, data[:length])
+            offset, data = offset + length, data[length:]
+
+    def _allocate(self, offset: int, cluster_count: int) -> Run:
+        run = self._allocator.allocate(cluster_count)
+        self._pieces.append(Piece(offset, run.cluster_count, run))
+        return run
+
+    def _copy_large_blocking(self, parts: list[Part], read: Read) -> set[int]:
+        zero_clusters: set[int] = set()
+        size = self._cluster_size
+        for part in parts:
+            for cluster in range(part.offset, part.offset + part.length, size):
+                is_stored = copy_blocking(
+                    self._file,
+                    size,
+                    partial(_read_at, read, cluster),
+                    partial(self._allocate, cluster, 1),
+                    self._write,
+                )
+                if not is_stored:
+                    zero_clusters.add(cluster)
+        return zero_clusters
+
+
+def _read_at(read: Read, start: int, position: int, buffer: memoryview) -> None:
+    read(start + position, buffer)
+
+
+def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
+    for piece in pieces:
+        if piece.run is not None:
+            metadata.allocator.give_back(piece.run)
+
+
+# -- publishing -------------------------------------------------------------------------------
+
+
+async def _publish(metadata: Metadata, pieces: list[Piece], is_wanted: Callable[[int], bool]) -> FillCounts:
+    """Put the copies into the map; what is not published is given back."""
+    copied = zeroed = dropped = 0
+    size = metadata.header.cluster_size
+    waiting = pieces[::-1]
+    try:
+        while waiting:
+            piece, rest = _split_at_page(waiting[-1], metadata)
+            await metadata.writable_page(piece.offset >> metadata.mapping.page_bits)
+            counts = _publish_piece(metadata, piece, is_wanted)
+            waiting[-1:] = [rest] if rest is not None else []
+            copied, zeroed, dropped = copied + counts[0], zeroed + counts[1], dropped + counts[2]
+    except BaseException:
+        _give_back(metadata, waiting)
+        raise
+    return FillCounts(copied * size, zeroed * size, dropped * size)
+
+
+def _split_at_page(piece: Piece, metadata: Metadata) -> tuple[Piece, Piece | None]:
+    """The part of a piece that one page maps, and the rest."""
+    bits, page_bits = metadata.mapping.cluster_bits, metadata.mapping.page_bits
+    count = ((((piece.offset >> page_bits) + 1) << page_bits) - piece.offset) >> bits
+    if count >= piece.cluster_count:
+        return piece, None
+    first = second = None
+    if piece.run is not None:
+        first = Run(piece.run.host_offset, count)
+        second = Run(piece.run.host_offset + (count << bits), piece.cluster_count - count)
+    rest = Piece(piece.offset + (count << bits), piece.cluster_count - count, second)
+    return Piece(piece.offset, count, first), rest
+
+
+def _publish_piece(
+    metadata: Metadata, piece: Piece, is_wanted: Callable[[int], bool]
+) -> tuple[int, int, int]:
+    """Publish a piece that one page in memory maps; returns the clusters copied, zeroed and dropped."""
+    mapping, size = metadata.mapping, metadata.header.cluster_size
+    number = piece.offset >> mapping.page_bits
+    page = mapping.pages[number]
+    index = (piece.offset >> mapping.cluster_bits) & mapping.index_mask
+    entries = page.entries[index : index + piece.cluster_count].tolist()
+    dropped = 0
+    for position, old in enumerate(entries):
+        host_offset = piece.run.host_offset + position * size if piece.run is not None else ZERO
+        if old == UNALLOCATED and is_wanted(piece.offset + position * size):
+            entries[position] = host_offset
+            continue
+        dropped += 1
+        if piece.run is not None:
+            metadata.allocator.give_back(Run(host_offset, 1))
+    mapping.set_entries(number, page, index, entries)
+    stored = piece.cluster_count - dropped
+    return (stored, 0, dropped) if piece.run is not None else (0, stored, dropped)
