@@ -12,6 +12,9 @@ from blockd.drivers import check_blockdev
 from blockd.errors import ErrorKind, RequestError
 from blockd.formats.qcow2.create import create_image
 from blockd.formats.qcow2.create_options import CLUSTER_SIZE_DEFAULT, CreateOptions
+from blockd.formats.qed.create import CLUSTER_SIZE_DEFAULT as QED_CLUSTER_SIZE_DEFAULT
+from blockd.formats.qed.create import TABLE_SIZE_DEFAULT as QED_TABLE_SIZE_DEFAULT
+from blockd.formats.qed.create import create as create_qed
 from blockd.formats.raw.create import create as set_size
 from blockd.jobs.create import CreateJob
 from blockd.protocols.new_file import new_file
@@ -19,6 +22,7 @@ from blockd.qmp.models import Arguments, Members, NonNegative
 
 TABLE: Table = Table()
 
+BackingFormat = Literal["qcow2", "qed", "raw"]
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 
 
@@ -54,7 +58,7 @@ class Qcow2Options(Members):
     size: NonNegative
     version: Literal["v2", "v3"] = "v3"
     backing_file: str | None = None
-    backing_fmt: Literal["qcow2", "raw"] | None = None
+    backing_fmt: BackingFormat | None = None
     cluster_size: NonNegative = CLUSTER_SIZE_DEFAULT
     preallocation: Preallocation = "off"
     lazy_refcounts: bool = False
@@ -88,6 +92,38 @@ class Qcow2Options(Members):
         )
 
 
+class QedOptions(Members):
+    """A QED image in a file, whatever that held before."""
+
+    driver: Literal["qed"]
+    file: str | NodeOptions
+    """A node, or the options of one."""
+    size: NonNegative
+    backing_file: str | None = None
+    backing_fmt: BackingFormat | None = None
+    """Only raw is recorded."""
+    cluster_size: NonNegative = QED_CLUSTER_SIZE_DEFAULT
+    table_size: NonNegative = QED_TABLE_SIZE_DEFAULT
+
+    async def make(self, services: Services) -> None:
+        if self.backing_fmt is not None and not self.backing_file:
+            raise RequestError("Backing format cannot be used without backing file")
+        user = "blockdev-create"
+        file = await _held_file(services, self.file, user)
+        try:
+            await create_qed(
+                file,
+                self.size,
+                backing_filename=self.backing_file or None,
+                backing_format=self.backing_fmt,
+                cluster_size=self.cluster_size,
+                table_size=self.table_size,
+            )
+        finally:
+            services.graph.remove_user(file, user)
+            await services.graph.close_unused()
+
+
 class OtherOptions(Members):
     """Drivers whose nodes are made of other nodes, or are what a file is anyway."""
 
@@ -98,7 +134,7 @@ class BlockdevCreateArguments(Arguments):
     """The job's id, and what to make."""
 
     job_id: str
-    options: Annotated[FileOptions | Qcow2Options | OtherOptions, Field(discriminator="driver")]
+    options: Annotated[FileOptions | Qcow2Options | QedOptions | OtherOptions, Field(discriminator="driver")]
 
 
 @TABLE.command("blockdev-create")

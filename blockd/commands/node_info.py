@@ -8,6 +8,7 @@ from blockd.block.chain import unfiltered
 from blockd.block.image_paths import beside
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.qed.image import QedImage
 from blockd.qmp.models import Members, Result
 from blockd.units import SECTOR_SIZE, align_up
 
@@ -117,19 +118,24 @@ def _below(node: BlockNode) -> list[BlockNode]:
 
 def _image_info(node: BlockNode) -> ImageInfo:
     recorded = node.backing_filename if isinstance(node, OverlayNode) else None
-    is_dirty = isinstance(node, Qcow2Image) and bool(node.metadata.header.incompatible & _DIRTY)
     return ImageInfo(
         filename=node.filename,
         format=node.driver,
         virtual_size=align_up(node.size, SECTOR_SIZE),
         actual_size=_actual_size(node.filename),
-        dirty_flag=is_dirty,
+        dirty_flag=_is_dirty(node),
         cluster_size=node.cluster_size if node.cluster_size > 1 else None,
         backing_filename=recorded,
         full_backing_filename=beside(node.filename, recorded) if recorded else None,
         backing_filename_format=node.backing_format if isinstance(node, OverlayNode) and recorded else None,
         format_specific=_format_specific(node),
     )
+
+
+def _is_dirty(node: BlockNode) -> bool:
+    if isinstance(node, QedImage):
+        return node.metadata.header.needs_check
+    return isinstance(node, Qcow2Image) and bool(node.metadata.header.incompatible & _DIRTY)
 
 
 def _format_specific(node: BlockNode) -> FormatSpecific | None:

@@ -5,7 +5,7 @@ unchanged, and have no effect: blockd reads through the page cache and decides t
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from blockd.aio import in_thread
 from blockd.block.chain import chain
@@ -36,6 +36,12 @@ from blockd.formats.qcow2.header import COMPRESSION_TYPES
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qcow2.info import info_blocking
 from blockd.formats.qcow2.repair import repair as repair_qcow2
+from blockd.formats.qed import header as qed_header
+from blockd.formats.qed.check import check as check_qed
+from blockd.formats.qed.create import create as create_qed
+from blockd.formats.qed.image import QedImage
+from blockd.formats.qed.info import image_info as qed_image_info
+from blockd.formats.qed.repair import repair as repair_qed
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
 
@@ -80,6 +86,7 @@ _QCOW2: Fields = {
         cache_clean_interval=integer,
     ),
 }
+_QED: Fields = {**_ON_A_FILE, **_optional(backing=node_or_none)}
 _THROTTLE: Fields = {**_ON_A_FILE, "throttle-group": Field(text, is_required=True)}
 _COPY_ON_READ: Fields = {**_ON_A_FILE, **_optional(bottom=text)}
 
@@ -102,9 +109,22 @@ async def _open_raw(opening: Opening, wanted: Wanted) -> BlockNode:
 
 
 async def _open_qcow2(opening: Opening, wanted: Wanted) -> BlockNode:
+    return await _open_overlay(opening, wanted, _qcow2_image)
+
+
+async def _open_qed(opening: Opening, wanted: Wanted) -> BlockNode:
+    return await _open_overlay(opening, wanted, _qed_image)
+
+
+async def _open_overlay(
+    opening: Opening,
+    wanted: Wanted,
+    open_image: Callable[[ProtocolNode, str, bool], Awaitable[OverlayNode]],
+) -> OverlayNode:
+    """Open an image in its file, and what it has below it: what it was told, or else what it records."""
     file = await opening.file(wanted)
     read_only = wanted.read_only or file.read_only
-    image = opening.add(await Qcow2Image.open(file, node_name=wanted.node_name, read_only=read_only))
+    image = opening.add(await open_image(file, wanted.node_name, read_only))
     if "backing" not in wanted.options:
         await opening.open_recorded_backing(image)
     elif wanted.options["backing"] is not None:
@@ -154,6 +174,7 @@ DRIVERS: Mapping[str, Driver] = {
     "host_device": Driver(_open_file, _FILE),
     "raw": Driver(_open_raw, _ON_A_FILE),
     "qcow2": Driver(_open_qcow2, _QCOW2),
+    "qed": Driver(_open_qed, _QED),
     "throttle": Driver(_open_throttle, _THROTTLE),
     "blkstream": Driver(_open_copy_on_read, _COPY_ON_READ),
     "copy-on-read": Driver(_open_copy_on_read, _COPY_ON_READ),
@@ -166,13 +187,22 @@ async def _raw_image(file: ProtocolNode, node_name: str, read_only: bool) -> Blo
     return await RawImage.open(file, node_name=node_name, read_only=read_only)
 
 
-async def _qcow2_image(file: ProtocolNode, node_name: str, read_only: bool) -> BlockNode:
+async def _qcow2_image(file: ProtocolNode, node_name: str, read_only: bool) -> OverlayNode:
     return await Qcow2Image.open(file, node_name=node_name, read_only=read_only)
+
+
+async def _qed_image(file: ProtocolNode, node_name: str, read_only: bool) -> OverlayNode:
+    return await QedImage.open(file, node_name=node_name, read_only=read_only)
 
 
 def _qcow2_info(image: BlockNode) -> Mapping[str, object]:
     assert isinstance(image, Qcow2Image)
     return info_blocking(image.file, image.metadata.header).image_info()
+
+
+def _qed_info(image: BlockNode) -> Mapping[str, object]:
+    assert isinstance(image, QedImage)
+    return qed_image_info(image.metadata.header)
 
 
 _QCOW2_CREATE: Fields = {
@@ -195,6 +225,16 @@ FORMATS: Mapping[str, Format] = {
         check=check_qcow2,
         repair=repair_qcow2,
         info=_qcow2_info,
+    ),
+    "qed": Format(
+        _qed_image,
+        Signature(".qed", qed_header.probe),
+        create_qed,
+        create_options={"cluster_size": Field(size), "table_size": Field(integer)},
+        has_backing=True,
+        check=check_qed,
+        repair=repair_qed,
+        info=_qed_info,
     ),
     "raw": Format(
         _raw_image,

@@ -10,7 +10,7 @@ import pytest
 from blockd.block.chain import chain
 from blockd.block.image_paths import ImagePaths
 from blockd.block.node import BlockNode
-from blockd.drivers import NodeGraph
+from blockd.drivers import FORMATS, NodeGraph
 from blockd.errors import BlockdError
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.qcow2.create import create
@@ -323,7 +323,7 @@ async def test_format_needs_name_and_content_to_agree(graph: NodeGraph, tmp_path
         path.write_bytes(content)
         text = await refusal(graph.open_image(str(path), None, read_only=True))
         assert text.startswith(f"Could not tell the format of '{path}': {what}")
-        assert "specify the format (qcow2, raw)" in text
+        assert f"specify the format ({', '.join(FORMATS)})" in text
     (tmp_path / "b.raw").write_bytes(bytes(512))
     assert (await graph.open_image(str(tmp_path / "b.raw"), None, read_only=True)).driver == "raw"
     assert (await graph.open_image(str(tmp_path / "a.raw"), "raw", read_only=True)).driver == "raw"
