@@ -51,18 +51,18 @@ def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
     )
 
 
-def check(path: Path) -> Verdict | None:
-    """Ask QEMU about a qcow2 image; None when QEMU cannot even open it."""
-    text = qemu("qemu-img", "check", "--output=json", "-f", "qcow2", path, expect=None)
+def check(path: Path, image_format: str = "qcow2") -> Verdict | None:
+    """Ask QEMU about an image; None when QEMU cannot even open it."""
+    text = qemu("qemu-img", "check", "--output=json", "-f", image_format, path, expect=None)
     if not text.strip():
         return None
     found = json.loads(text)
     return Verdict(*(found.get(name.replace("_", "-"), 0) for name in Verdict._fields))
 
 
-def assert_sound(path: Path) -> None:
+def assert_sound(path: Path, image_format: str = "qcow2") -> None:
     """No corruption; leaks are not counted as such."""
-    verdict = check(path)
+    verdict = check(path, image_format)
     assert verdict is not None, f"QEMU cannot open {path}"
     assert verdict.corruptions == 0, verdict
 

@@ -4,11 +4,11 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from blockd.block.chain import chain
-from blockd.block.node import BlockNode, ProtocolNode
+from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.block.root import Root
+from blockd.drivers import FORMATS
 from blockd.filters.blkstream import BlkStream
-from blockd.formats.qcow2.create import create
-from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.qed import header as qed_header
 from blockd.jobs.job import Action, Job
 from blockd.jobs.manager import JobManager
 from blockd.jobs.stream import StreamJob
@@ -40,9 +40,10 @@ async def overlay(
     *,
     cluster_size: int,
     backing_format: str = "raw",
-) -> Qcow2Image:
-    """Make an empty qcow2 image over `backing` in an empty file, and open it."""
-    await create(
+    image_format: str = "qcow2",
+) -> OverlayNode:
+    """Make an empty image over `backing` in an empty file, and open it."""
+    await FORMATS[image_format].create(
         file,
         size,
         cluster_size=cluster_size,
@@ -54,16 +55,23 @@ async def overlay(
 
 async def open_overlay(
     file: ProtocolNode, backing: BlockNode | None, *, read_only: bool = False
-) -> Qcow2Image:
-    image = await Qcow2Image.open(file, node_name="active", read_only=read_only)
+) -> OverlayNode:
+    """Open the image in a file, whatever its format."""
+    image = await FORMATS[await format_of(file)].open(file, "active", read_only)
+    assert isinstance(image, OverlayNode)
     image.backing = backing
     return image
+
+
+async def format_of(file: ProtocolNode) -> str:
+    """The format of an image that a test has made: no guest has had a hand in its first bytes."""
+    return "qed" if file.size and qed_header.probe(bytes(await file.read(0, 4))) else "qcow2"
 
 
 class Streaming:
     """One disk and the streams on it; does what a device does around a job."""
 
-    def __init__(self, active: Qcow2Image, jobs: JobManager) -> None:
+    def __init__(self, active: OverlayNode, jobs: JobManager) -> None:
         self.active = active
         self.root = Root(active)
         self.filter_type = BlkStream
@@ -94,7 +102,7 @@ class Streaming:
         self._jobs.start(job)
         return job
 
-    async def switch(self, overlay: Qcow2Image) -> None:
+    async def switch(self, overlay: OverlayNode) -> None:
         """Put an empty overlay on top: the old active image becomes its backing, and read-only."""
         async with self.root.drained():
             await self.active.reopen(read_only=True)
@@ -109,7 +117,7 @@ class Streaming:
 
 
 @asynccontextmanager
-async def streaming(active: Qcow2Image) -> AsyncIterator[Streaming]:
+async def streaming(active: OverlayNode) -> AsyncIterator[Streaming]:
     """A disk whose streams are ended with it."""
     async with JobManager(Observer()) as jobs:
         yield Streaming(active, jobs)

@@ -12,17 +12,17 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from blockd.block.node import BlockNode
+from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
+from blockd.drivers import FORMATS
 from blockd.errors import BlockdError, ImageError
-from blockd.formats.qcow2.check import check
-from blockd.formats.qcow2.image import Qcow2Image
+from blockd.formats.check_report import CheckReport
 from tests import qemu_img
 from tests.chains import read_all
 from tests.crash.scene import Scene, Since
 from tests.inline_threads import immediate_threads
 from tests.model import AfterCrash
 from tests.recording import Disks, RecordingFile, Timeline
-from tests.streaming import open_overlay, streaming
+from tests.streaming import format_of, open_overlay, streaming
 
 # What is remembered of single disks: each entry takes some 300 bytes.
 VERDICT_COUNT_MAX = 500_000
@@ -108,14 +108,14 @@ class Judge:
     async def _look(self, scene: Scene, disks: Disks, top: int) -> Verdict:
         file = RecordingFile(disks[top], scene.files[top].filename)
         try:
-            report = await check(file)
+            report = await _check(file)
             problems = [str(finding) for finding in report.findings if not finding.is_leak]
             image = await _open(scene, disks, top)
             content = await read_all(image)
             await open_overlay(file, None)
         except BlockdError as error:
             return Verdict((error.message,), b"", None)
-        if file.log:
+        if file.log and not report.is_dirty:
             problems.append("opening wrote to it")
         content = self._contents.setdefault(content, content)
         return Verdict(tuple(problems), content, image.backing_filename)
@@ -140,8 +140,8 @@ class Judge:
         for file, disk in zip(scene.files, disks, strict=False):
             (self.folder / file.filename).write_bytes(disk)
         path = self.folder / scene.files[top].filename
-        qemu_img.assert_sound(path)
-        assert qemu_img.content(path) == verdict.content, "QEMU reads something else"
+        qemu_img.assert_sound(path, scene.image_format)
+        assert qemu_img.content(path, scene.image_format) == verdict.content, "QEMU reads something else"
 
 
 async def stream_again(scene: Scene, disks: Disks, top: int, content: bytes) -> bool:
@@ -155,16 +155,23 @@ async def stream_again(scene: Scene, disks: Disks, top: int, content: bytes) -> 
         await job.wait_ended()
     assert job.error is None, job.error
     await image.close()
-    assert isinstance(image.file, RecordingFile)
-    final = RecordingFile(bytes(image.file.disk))
-    assert (await check(final)).corruptions == 0
+    file = image.children()["file"]
+    assert isinstance(file, RecordingFile)
+    final = RecordingFile(bytes(file.disk))
+    assert (await _check(final)).corruptions == 0
     whole = await open_overlay(final, base, read_only=True)
     assert whole.backing_filename == scene.base_name
     assert await read_all(whole) == content
     return True
 
 
-async def _open(scene: Scene, disks: Disks, index: int, *, read_only: bool = True) -> Qcow2Image:
+async def _check(file: ProtocolNode) -> CheckReport:
+    check = FORMATS[await format_of(file)].check
+    assert check is not None
+    return await check(file)
+
+
+async def _open(scene: Scene, disks: Disks, index: int, *, read_only: bool = True) -> OverlayNode:
     """Open one of the files as a crash left them, over the backing that it records."""
     file = RecordingFile(disks[index], scene.files[index].filename)
     image = await open_overlay(file, None, read_only=read_only)
@@ -186,7 +193,7 @@ async def problems_after_crash(
 ) -> list[str]:
     """Everything that is wrong with one file that a crash left; it has to record one of `backings`."""
     file = RecordingFile(disk)
-    report = await check(file)
+    report = await _check(file)
     problems = [str(finding) for finding in report.findings if not finding.is_leak]
     image = await open_overlay(file, None, read_only=True)
     if image.backing_filename not in backings:

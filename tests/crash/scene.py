@@ -12,8 +12,8 @@ from itertools import cycle, islice
 from typing import NamedTuple
 
 from blockd.block.node import BlockNode, FillCounts
+from blockd.drivers import FORMATS
 from blockd.filters.blkstream import BlkStream
-from blockd.formats.qcow2.create import create
 from blockd.formats.raw.image import RawImage
 from blockd.jobs import stream as stream_module
 from blockd.jobs.states import JobStatus
@@ -78,6 +78,7 @@ class Scene:
         cluster_size: int,
         cluster_count: int,
         *,
+        image_format: str = "qcow2",
         base_name: str | None = None,
         file_type: type[RecordingFile] = RecordingFile,
         is_slow: bool = False,
@@ -87,6 +88,8 @@ class Scene:
     ) -> None:
         self.cluster_size = cluster_size
         self.cluster_count = cluster_count
+        # Of the active images; the backings are of others.
+        self.image_format = image_format
         # So many clusters of the backing lie behind the end of the active image at first.
         self._hidden_count = hidden_count
         self.base_name = base_name
@@ -154,7 +157,7 @@ class Scene:
 
     async def _new_overlay(self, backing_name: str, backing_format: str, size: int) -> RecordingFile:
         made = RecordingFile()
-        await create(
+        await FORMATS[self.image_format].create(
             made,
             size,
             cluster_size=self.cluster_size,
@@ -162,7 +165,7 @@ class Scene:
             backing_format=backing_format,
         )
         content = bytes(made.disk) if self.files else self._prepare(bytes(made.disk))
-        file = self._file_type(content, f"active{len(self.files)}.qcow2")
+        file = self._file_type(content, f"active{len(self.files)}.{self.image_format}")
         file.is_slow = self._is_slow
         file.tape = self.tape
         file.on_entry = self.note_moment
@@ -318,7 +321,7 @@ class Scene:
         """Go on in a new overlay."""
         old = self.streaming.active
         index = len(self.files) - 1
-        file = await self._new_overlay(old.filename, "qcow2", old.size)
+        file = await self._new_overlay(old.filename, self.image_format, old.size)
         fresh = await open_overlay(file, None)
         names = {old.backing_filename, old.filename}
         self._since(names, tops=(index, index + 1))

@@ -7,13 +7,12 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from blockd.block.file_events import FileEvent
-from blockd.block.node import BlockNode
+from blockd.block.node import BlockNode, OverlayNode
 from blockd.block.root import Root
 from blockd.errors import StorageError
 from blockd.filters.fault_rules import Fault, FaultRules, IoType, Rule, StateRule
 from blockd.filters.faults import FaultsNode
 from blockd.formats.qcow2.check import check
-from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.job import OnError
 from blockd.jobs.manager import JobManager
@@ -158,7 +157,7 @@ class Rig:
         again = await self.open_again(read_only=True)
         assert await read_all(again) == self.model.content
 
-    async def open_again(self, *, read_only: bool) -> Qcow2Image:
+    async def open_again(self, *, read_only: bool) -> OverlayNode:
         """Open the file as it is on the disk, in a new life."""
         image = await open_overlay(RecordingFile(bytes(self.recording.disk)), None, read_only=read_only)
         image.backing = self.base if image.backing_filename else None

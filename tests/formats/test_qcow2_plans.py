@@ -60,7 +60,9 @@ async def image() -> Qcow2Image:
     new = await overlay(made, None, COUNT * CLUSTER, cluster_size=CLUSTER)
     await new.write(0, stamp(1, 0, COUNT * CLUSTER))
     await new.flush()
-    return await open_overlay(SlowFile(bytes(made.disk)), None)
+    slow = await open_overlay(SlowFile(bytes(made.disk)), None)
+    assert isinstance(slow, Qcow2Image)
+    return slow
 
 
 async def give_away(image: Qcow2Image) -> None:

@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from blockd.block.chain import chain
-from blockd.block.node import BlockNode
+from blockd.block.node import BlockNode, OverlayNode
 from blockd.errors import RequestError
 from blockd.formats.qcow2.check import check
-from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.stream import StreamJob
 from tests import qemu_img
@@ -65,7 +64,7 @@ class Life:
 
     # -- the chain ------------------------------------------------------------------------------
 
-    async def _build(self) -> Qcow2Image:
+    async def _build(self) -> OverlayNode:
         base_drawing = self._drawing("ABC0", self.rng.choice([1, 1, 0.5, 1.5]))
         file = RecordingFile(drawn([base_drawing], self.cluster_size), "base.raw")
         node: BlockNode = await RawImage.open(file, node_name="base", read_only=True)
