@@ -1,19 +1,24 @@
 """Check a qcow2 image: does every table say what the others say?
 
-The check counts how often each host cluster is really referred to (header, L1 and L2 tables, data,
+A census counts how often each host cluster is really referred to (header, L1 and L2 tables, data,
 snapshots, bitmaps, refcount structures) and compares that with the refcount stored for it. It reads
 the tables straight from the file and shares no code with what writes them, so that it can judge it.
-Nothing is repaired.
+Nothing is changed.
 
     stored > references   a leak: space is lost, nothing else
     stored < references   corruption: the cluster can be given away while it is in use
+
+Each table is looked at once, however often it is named: an L2 table that many snapshots share counts
+as often as it is used. So time and memory are bounded by the file, whatever its tables say.
 
 The numbers in the report mean what `qemu-img check` means by them.
 
 Source:   qcow2 specification, "Host cluster management" and "Cluster mapping".
 """
 
-from collections.abc import Callable, Iterator
+from array import array
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
@@ -21,19 +26,30 @@ from blockd.errors import ImageError
 from blockd.formats.check_report import CheckReport
 from blockd.formats.qcow2 import header as qcow2_header
 from blockd.formats.qcow2.check_refcounts import Refcounts
-from blockd.formats.qcow2.check_tables import Directory, Entries, bitmaps, read_entries, snapshots
+from blockd.formats.qcow2.check_tables import (
+    Directory,
+    Entries,
+    bitmaps,
+    read_entries,
+    read_header,
+    snapshots,
+    used_entries,
+)
+from blockd.formats.qcow2.cluster_counts import ClusterCounts, CountsBudget
+from blockd.formats.qcow2.findings import Findings
 from blockd.formats.qcow2.header import Header
 from blockd.units import SECTOR_SIZE
 
-# What the check keeps in memory is 8 bytes a host cluster; this many are 4 TiB of 64 KiB clusters.
+# This many are 4 TiB of 64 KiB clusters.
 HOST_CLUSTER_COUNT_MAX = 1 << 26
 
-_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+_ZERO = 1
 _L1_RESERVED = 0x7F00_0000_0000_01FF
 _L2_RESERVED = 0x3F00_0000_0000_01FE
-_COPIED = 1 << 63
-_COMPRESSED = 1 << 62
-_ZERO = 1
+_L2 = "L2 table"
 _KNOWN_FEATURES = (
     qcow2_header.INCOMPATIBLE_DIRTY
     | qcow2_header.INCOMPATIBLE_CORRUPT
@@ -43,6 +59,13 @@ _KNOWN_FEATURES = (
 )
 
 
+class Uses(NamedTuple):
+    """How often an L2 table is used: in all, and of that by the disk as it is now, not by a snapshot."""
+
+    total: int
+    active: int
+
+
 async def check(file: ProtocolNode) -> CheckReport:
     """Check the image in `file`, which must not be written meanwhile.
 
@@ -50,17 +73,228 @@ async def check(file: ProtocolNode) -> CheckReport:
               too large to be checked in bounded memory.
     Cancel:   between two tables.
     """
-    steps = _Checker(file, await in_thread(_read_header, file)).steps()
-    while True:
-        report = await in_thread(next, steps)
-        if report is not None:
-            return report
+    return (await Census.take(file)).report
 
 
-def _read_header(file: ProtocolNode) -> Header:
-    buffer = bytearray(min(file.size, 1 << qcow2_header.CLUSTER_BITS_MAX))
-    file.readinto_blocking(0, memoryview(buffer))
-    header = qcow2_header.parse(bytes(buffer), file.filename, supported_only=False)
+class Census:
+    """Everything that is in one image, counted."""
+
+    def __init__(self, file: ProtocolNode, header: Header) -> None:
+        self.file = file
+        self.header = header
+        self.report = CheckReport(
+            file.filename,
+            total_clusters=-(-header.size >> header.cluster_bits),
+            is_dirty=bool(header.incompatible & qcow2_header.INCOMPATIBLE_DIRTY),
+            is_marked_corrupt=bool(header.incompatible & qcow2_header.INCOMPATIBLE_CORRUPT),
+        )
+        self.findings = Findings(self.report)
+        self._has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
+        budget = CountsBudget(file.filename)
+        self.refcounts = Refcounts(file, header, self.findings, budget)
+        # How often each L2 table is used: by the disk as it is now, and by snapshots.
+        self.active_tables = ClusterCounts(budget)
+        self.snapshot_tables = ClusterCounts(budget)
+
+    @classmethod
+    async def take(cls, file: ProtocolNode) -> "Census":
+        """Count everything; raises what `check` raises."""
+        census = cls(file, await in_thread(_read_checked_header, file))
+        steps = census._steps()
+        while await in_thread(next, steps, False):
+            pass
+        return census
+
+    def _steps(self) -> Iterator[bool]:
+        """Go through everything; each step looks at one table, blocking."""
+        header, refcounts = self.header, self.refcounts
+        yield from refcounts.load()
+        refcounts.refer_exclusively("header", 0, 0, header.cluster_size)
+        yield from self._count_l1(self.active_l1, self.active_tables)
+        directory = self._refer_to(snapshots(self.file, header, self.findings))
+        for table in directory.tables:
+            yield from self._count_l1(table, self.snapshot_tables)
+        directory = self._refer_to(bitmaps(self.file, header, self.findings))
+        for table in directory.tables:
+            yield from self._count_bitmap(table)
+        for l2_offset, uses in self.l2_tables():
+            self._count_l2(l2_offset, uses)
+            yield True
+        for l2_offset, uses in self.l2_tables():
+            refcounts.require_single_use(_L2, l2_offset >> header.cluster_bits, uses.total)
+        yield from refcounts.check_tables()
+        yield from refcounts.refer_to_own()
+        yield from refcounts.compare()
+        self.report.image_end_offset = refcounts.end_offset()
+
+    @property
+    def active_l1(self) -> Entries:
+        """The L1 table of the disk as it is now."""
+        return Entries("L1 table", self.header.l1_offset, self.header.l1_entry_count)
+
+    def l2_tables(self) -> Iterator[tuple[int, Uses]]:
+        """All L2 tables that can be read, in the order of their offsets."""
+        for clusters in self.active_tables.ranges_with(self.snapshot_tables):
+            active = self.active_tables.get(clusters.start, len(clusters))
+            inactive = self.snapshot_tables.get(clusters.start, len(clusters))
+            for cluster, *counts in zip(clusters, active, inactive, strict=True):
+                if any(counts):
+                    yield cluster << self.header.cluster_bits, Uses(sum(counts), counts[0])
+
+    # -- L1 tables and directories ----------------------------------------------------------------
+
+    def _refer_to(self, directory: Directory) -> Directory:
+        if directory.length:
+            self.refcounts.refer_exclusively(
+                directory.name, directory.offset, directory.offset, directory.length
+            )
+        return directory
+
+    def _refer_to_table(self, table: Entries) -> bool:
+        """Count the reference to a table; whether there is something in it that can be looked at."""
+        return table.entry_count > 0 and self.refcounts.refer_exclusively(
+            table.name, table.offset, table.offset, table.length
+        )
+
+    def _count_l1(self, l1: Entries, tables: ClusterCounts) -> Iterator[bool]:
+        if not l1.entry_count or not self.refcounts.refer_exclusively(
+            l1.name, l1.offset, l1.offset, l1.length
+        ):
+            return
+        for entry_offset, entry in used_entries(self.file, l1):
+            l2_offset = entry & OFFSET_MASK
+            if self._check_l1_entry(l1.name, entry_offset, entry):
+                tables.add(l2_offset >> self.header.cluster_bits)
+                if tables is self.active_tables:
+                    self._check_copied(l1.name, entry_offset, entry, l2_offset)
+        yield True
+
+    def _check_l1_entry(self, table: str, entry_offset: int, entry: int) -> bool:
+        """Check one entry and count its reference; True when the L2 table it names can be read."""
+        if entry & _L1_RESERVED:
+            self.findings.wrong(table, entry_offset, f"entry {entry:#x} has reserved bits set")
+        l2_offset = entry & OFFSET_MASK
+        if l2_offset % self.header.cluster_size:
+            self.findings.wrong(table, entry_offset, f"L2 table offset {l2_offset:#x} is not cluster aligned")
+            return False
+        if not self.refcounts.refer(table, entry_offset, l2_offset, self.header.cluster_size):
+            return False
+        if l2_offset + self.header.cluster_size > self.file.size:
+            self.findings.wrong(table, entry_offset, f"L2 table {l2_offset:#x} is cut off by the file's end")
+            return False
+        return True
+
+    def _check_copied(self, table: str, entry_offset: int, entry: int, offset: int) -> None:
+        refcount = self.refcounts.stored_for(offset)
+        if (refcount == 1) != bool(entry & COPIED):
+            self.findings.mendable(
+                table, entry_offset, f"copied flag of entry {entry:#x} contradicts refcount {refcount}"
+            )
+
+    def _count_bitmap(self, table: Entries) -> Iterator[bool]:
+        if not self._refer_to_table(table):
+            return
+        for entry_offset, entry in used_entries(self.file, table):
+            if offset := entry & OFFSET_MASK:
+                self.refcounts.refer_exclusively(table.name, entry_offset, offset, self.header.cluster_size)
+        yield True
+
+    # -- L2 tables --------------------------------------------------------------------------------
+
+    def _count_l2(self, l2_offset: int, uses: Uses) -> None:
+        """Count what an L2 table refers to."""
+        entries = read_entries(self.file, l2_offset, self.header.cluster_size // 8)
+        bitmaps = None
+        if self.header.has_extended_l2:
+            entries, bitmaps = entries[::2], entries[1::2]
+        stride = self.header.l2_entry_size
+        index = contiguous = 0
+        while index < len(entries):
+            entry, bitmap = entries[index], bitmaps[index] if bitmaps else 0
+            entry_offset = l2_offset + index * stride
+            count = 1
+            if entry & COMPRESSED:
+                self._count_compressed(entry_offset, entry, bitmap, uses)
+            elif entry or bitmap:
+                self._check_flags(entry_offset, entry, bitmap)
+                count = 1 if bitmaps else self._run_length(entries, index)
+                is_next = not contiguous or entry & OFFSET_MASK == contiguous
+                if self._count_run(entry_offset, entry, count, uses):
+                    self.report.fragmented_clusters += 0 if is_next else uses.active
+                    contiguous = (entry & OFFSET_MASK) + count * self.header.cluster_size
+            index += count
+
+    def _run_length(self, entries: "array[int]", index: int) -> int:
+        """How many entries from `index` on name clusters that are neighbours, and are alike otherwise."""
+        step = self.header.cluster_size
+        entry = entries[index]
+        if not entry & OFFSET_MASK or entry & OFFSET_MASK & step - 1:
+            return 1
+        end = index + 1
+        while end < len(entries) and entries[end] == entry + step:
+            entry += step
+            end += 1
+        return end - index
+
+    def _count_compressed(self, entry_offset: int, entry: int, bitmap: int, uses: Uses) -> None:
+        if entry & COPIED:
+            self.findings.mendable(_L2, entry_offset, "copied flag on a compressed cluster")
+        if self._has_data_file or bitmap:
+            what = "a data file" if self._has_data_file else "a subcluster bitmap"
+            self.findings.wrong(_L2, entry_offset, f"compressed cluster together with {what}")
+            return
+        offset_bits = 62 - (self.header.cluster_bits - 8)
+        offset = entry & ((1 << offset_bits) - 1)
+        sector_count = 1 + ((entry & (COMPRESSED - 1)) >> offset_bits)
+        length = sector_count * SECTOR_SIZE - offset % SECTOR_SIZE
+        self.refcounts.refer(_L2, entry_offset, offset, length, uses.total)
+        self.report.allocated_clusters += uses.active
+        self.report.compressed_clusters += uses.active
+        self.report.fragmented_clusters += uses.active
+
+    def _count_run(self, entry_offset: int, entry: int, count: int, uses: Uses) -> bool:
+        """Count neighbouring clusters; False: the entry names none."""
+        offset, step = entry & OFFSET_MASK, self.header.cluster_size
+        if not offset and not (self._has_data_file and entry & COPIED):
+            return False
+        if offset % step:
+            self.findings.wrong(_L2, entry_offset, f"data cluster offset {offset:#x} is not cluster aligned")
+        self.report.allocated_clusters += uses.active * count
+        if not self._has_data_file and not self._count_sound_run(entry, count, uses):
+            for number in range(count):
+                position = entry_offset + number * self.header.l2_entry_size
+                is_inside = self.refcounts.refer(_L2, position, offset + number * step, step, uses.total)
+                if uses.active and is_inside:
+                    self._check_copied(_L2, position, entry + number * step, offset + number * step)
+        return True
+
+    def _count_sound_run(self, entry: int, count: int, uses: Uses) -> bool:
+        """Count the clusters of a run all at once, the usual case; False: look at each of them."""
+        first = (entry & OFFSET_MASK) >> self.header.cluster_bits
+        refcounts = self.refcounts
+        if count < 4 or first + count > refcounts.count:
+            return False
+        if uses.active and not (entry & COPIED and refcounts.stored.are_all(first, count, 1)):
+            return False
+        refcounts.references.add_range(first, count, uses.total)
+        return True
+
+    def _check_flags(self, entry_offset: int, entry: int, bitmap: int) -> None:
+        wrong = None
+        if entry & _L2_RESERVED:
+            wrong = f"entry {entry:#x} has reserved bits set"
+        elif entry & _ZERO and (self.header.version < 3 or self.header.has_extended_l2):
+            wrong = f"entry {entry:#x} has the zero flag, which this version of the format does not know"
+        elif bitmap & 0xFFFF_FFFF and not entry & OFFSET_MASK and not self._has_data_file:
+            wrong = f"an unallocated cluster has allocated subclusters {bitmap:#x}"
+        elif bitmap >> 32 & bitmap:
+            wrong = f"subclusters {bitmap:#x} are both allocated and zero"
+        if wrong:
+            self.findings.wrong(_L2, entry_offset, wrong)
+
+
+def _read_checked_header(file: ProtocolNode) -> Header:
+    header = read_header(file)
     unknown = header.incompatible & ~_KNOWN_FEATURES
     if unknown:
         raise ImageError(f"'{file.filename}' cannot be checked: unknown incompatible features {unknown:#x}")
@@ -70,169 +304,3 @@ def _read_header(file: ProtocolNode) -> Header:
             f"{HOST_CLUSTER_COUNT_MAX} clusters of {header.cluster_size} bytes"
         )
     return header
-
-
-class _Checker:
-    """One run over one image; each step looks at one table, blocking."""
-
-    def __init__(self, file: ProtocolNode, header: Header) -> None:
-        self._file = file
-        self._header = header
-        self._has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
-        self._has_subclusters = bool(header.incompatible & qcow2_header.INCOMPATIBLE_EXTENDED_L2)
-        self._report = CheckReport(
-            file.filename,
-            total_clusters=-(-header.size >> header.cluster_bits),
-            is_dirty=bool(header.incompatible & qcow2_header.INCOMPATIBLE_DIRTY),
-            is_marked_corrupt=bool(header.incompatible & qcow2_header.INCOMPATIBLE_CORRUPT),
-        )
-        self._refcounts = Refcounts(file, header, self._report)
-
-    def steps(self) -> Iterator[CheckReport | None]:
-        """Go through everything; the last value is the report."""
-        header = self._header
-        yield from self._refcounts.load()
-        self._refer("header", 0, 0, header.cluster_size)
-        l1 = Entries("L1 table", header.l1_offset, header.l1_entry_count)
-        yield from self._check_l1(l1, is_active=True)
-        yield from self._check_directory(snapshots(self._file, header, self._report), self._check_snapshot)
-        yield from self._check_directory(bitmaps(self._file, header, self._report), self._check_bitmap)
-        yield from self._refcounts.refer_to_own()
-        yield from self._refcounts.compare()
-        self._refcounts.require_single_use("header", 0, header.cluster_size)
-        self._refcounts.require_single_use(l1.name, l1.offset, l1.length)
-        self._report.image_end_offset = self._refcounts.end_offset()
-        yield self._report
-
-    def _refer(self, table: str, entry_offset: int, offset: int, length: int) -> bool:
-        return self._refcounts.refer(table, entry_offset, offset, length)
-
-    # -- mapping --------------------------------------------------------------------------------
-
-    def _check_l1(self, l1: Entries, *, is_active: bool) -> Iterator[None]:
-        if not l1.entry_count or not self._refer(l1.name, l1.offset, l1.offset, l1.length):
-            return
-        entries = read_entries(self._file, l1.offset, l1.entry_count)
-        yield
-        for index, entry in enumerate(entries):
-            if not entry:
-                continue
-            entry_offset = l1.offset + index * 8
-            if self._check_l1_entry(l1.name, entry_offset, entry, is_active):
-                self._check_l2(entry & _OFFSET_MASK, is_active)
-                yield
-
-    def _check_l1_entry(self, table: str, entry_offset: int, entry: int, is_active: bool) -> bool:
-        """Check one entry and count its reference; True when the L2 table it names can be read."""
-        if entry & _L1_RESERVED:
-            self._report.add_corruption(table, entry_offset, f"entry {entry:#x} has reserved bits set")
-        l2_offset = entry & _OFFSET_MASK
-        if l2_offset % self._header.cluster_size:
-            self._report.add_corruption(
-                table, entry_offset, f"L2 table offset {l2_offset:#x} is not cluster aligned"
-            )
-            return False
-        if not self._refer(table, entry_offset, l2_offset, self._header.cluster_size):
-            return False
-        if l2_offset + self._header.cluster_size > self._file.size:
-            self._report.add_corruption(
-                table, entry_offset, f"L2 table {l2_offset:#x} is cut off by the file's end"
-            )
-            return False
-        if is_active:
-            self._check_copied(table, entry_offset, entry, l2_offset)
-        return True
-
-    def _check_copied(self, table: str, entry_offset: int, entry: int, offset: int) -> None:
-        refcount = self._refcounts.stored_for(offset)
-        if (refcount == 1) != bool(entry & _COPIED):
-            self._report.add_corruption(
-                table, entry_offset, f"copied flag of entry {entry:#x} contradicts refcount {refcount}"
-            )
-
-    def _check_l2(self, l2_offset: int, is_active: bool) -> None:
-        stride = 2 if self._has_subclusters else 1
-        entries = read_entries(self._file, l2_offset, self._header.cluster_size // 8)
-        contiguous = 0
-        for index in range(0, len(entries), stride):
-            entry = entries[index]
-            bitmap = entries[index + 1] if self._has_subclusters else 0
-            if not entry and not bitmap:
-                continue
-            entry_offset = l2_offset + index * 8
-            if entry & _COMPRESSED:
-                self._check_compressed(entry_offset, entry, bitmap, is_active)
-            else:
-                contiguous = self._check_standard(entry_offset, entry, bitmap, is_active, contiguous)
-
-    def _check_compressed(self, entry_offset: int, entry: int, bitmap: int, is_active: bool) -> None:
-        if entry & _COPIED:
-            self._report.add_corruption("L2 table", entry_offset, "copied flag on a compressed cluster")
-        if self._has_data_file or bitmap:
-            what = "a data file" if self._has_data_file else "a subcluster bitmap"
-            self._report.add_corruption("L2 table", entry_offset, f"compressed cluster together with {what}")
-            return
-        offset_bits = 62 - (self._header.cluster_bits - 8)
-        offset = entry & ((1 << offset_bits) - 1)
-        sector_count = 1 + ((entry & (_COMPRESSED - 1)) >> offset_bits)
-        self._refer("L2 table", entry_offset, offset, sector_count * SECTOR_SIZE - offset % SECTOR_SIZE)
-        if is_active:
-            self._report.allocated_clusters += 1
-            self._report.compressed_clusters += 1
-            self._report.fragmented_clusters += 1
-
-    def _check_standard(
-        self, entry_offset: int, entry: int, bitmap: int, is_active: bool, contiguous: int
-    ) -> int:
-        """Check one entry; return where the next cluster of an unfragmented table would be."""
-        self._check_flags(entry_offset, entry, bitmap)
-        offset = entry & _OFFSET_MASK
-        if not offset and not (self._has_data_file and entry & _COPIED):
-            return contiguous
-        if offset % self._header.cluster_size:
-            self._report.add_corruption(
-                "L2 table", entry_offset, f"data cluster offset {offset:#x} is not cluster aligned"
-            )
-        if is_active:
-            self._report.allocated_clusters += 1
-            self._report.fragmented_clusters += bool(contiguous) and offset != contiguous
-        if not self._has_data_file:
-            is_inside = self._refer("L2 table", entry_offset, offset, self._header.cluster_size)
-            if is_active and is_inside:
-                self._check_copied("L2 table", entry_offset, entry, offset)
-        return offset + self._header.cluster_size
-
-    def _check_flags(self, entry_offset: int, entry: int, bitmap: int) -> None:
-        wrong = None
-        if entry & _L2_RESERVED:
-            wrong = f"entry {entry:#x} has reserved bits set"
-        elif entry & _ZERO and (self._header.version < 3 or self._has_subclusters):
-            wrong = f"entry {entry:#x} has the zero flag, which this version of the format does not know"
-        elif bitmap & 0xFFFF_FFFF and not entry & _OFFSET_MASK and not self._has_data_file:
-            wrong = f"an unallocated cluster has allocated subclusters {bitmap:#x}"
-        elif bitmap >> 32 & bitmap:
-            wrong = f"subclusters {bitmap:#x} are both allocated and zero"
-        if wrong:
-            self._report.add_corruption("L2 table", entry_offset, wrong)
-
-    # -- snapshots and bitmaps --------------------------------------------------------------------
-
-    def _check_directory(
-        self, directory: Directory, check_table: Callable[[Entries], Iterator[None]]
-    ) -> Iterator[None]:
-        if directory.length:
-            self._refer(directory.name, directory.offset, directory.offset, directory.length)
-        for table in directory.tables:
-            yield from check_table(table)
-
-    def _check_snapshot(self, l1: Entries) -> Iterator[None]:
-        return self._check_l1(l1, is_active=False)
-
-    def _check_bitmap(self, table: Entries) -> Iterator[None]:
-        if not self._refer(table.name, table.offset, table.offset, table.length):
-            return
-        for index, entry in enumerate(read_entries(self._file, table.offset, table.entry_count)):
-            offset = entry & _OFFSET_MASK
-            if offset:
-                self._refer(table.name, table.offset + index * 8, offset, self._header.cluster_size)
-        yield

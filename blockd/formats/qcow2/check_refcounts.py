@@ -5,141 +5,199 @@ from array import array
 from collections.abc import Iterator
 
 from blockd.block.node import ProtocolNode
-from blockd.formats.qcow2.check_tables import Findings, read_entries
+from blockd.formats.qcow2.check_tables import Entries, used_entries
+from blockd.formats.qcow2.cluster_counts import COUNT_MAX, ClusterCounts, CountsBudget
+from blockd.formats.qcow2.findings import Findings
 from blockd.formats.qcow2.header import Header
 
 _TABLE = "refcount table"
 _OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
-_REFCOUNT_MAX = 0xFFFF_FFFF  # larger ones are kept as this: no image has as many references
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
-# Clusters compared at a time before looking at single ones.
-_STRETCH = 4096
 
 
 class Refcounts:
     """What is stored for each host cluster of the file, and how often it is referred to."""
 
-    def __init__(self, file: ProtocolNode, header: Header, findings: Findings) -> None:
+    def __init__(self, file: ProtocolNode, header: Header, findings: Findings, budget: CountsBudget) -> None:
         self._file = file
         self._header = header
         self._findings = findings
         self._bits = header.cluster_bits
-        self._count = -(-file.size >> self._bits)
-        self._stored = array("I", bytes(4 * self._count))
-        self._references = array("I", bytes(4 * self._count))
-        self._blocks: list[tuple[int, int]] = []  # offset of the table entry, offset of the block
+        self.count = -(-file.size >> self._bits)
+        # Clusters that one refcount block describes.
+        self.span = header.cluster_size * 8 >> header.refcount_order
+        self.refcount_max = (1 << (1 << header.refcount_order)) - 1
+        self._budget = budget
+        self.stored = ClusterCounts(budget)
+        self.references = ClusterCounts(budget)
+        # Clusters of tables that only one thing ever refers to.
+        self._exclusive = ClusterCounts(budget)
+        # Where each refcount block is, 0 if there is none; blocks that are named but wrong are left out.
+        self.blocks = array("Q")
+        # Whether table and blocks can only be made anew.
+        self.needs_rebuild = False
 
     def stored_for(self, offset: int) -> int:
         """The stored refcount of the cluster at `offset`, which is inside the file."""
-        return self._stored[offset >> self._bits]
+        return self.stored[offset >> self._bits]
 
     def end_offset(self) -> int:
         """Where the last cluster ends that is used or has a refcount."""
-        last = self._count - 1
-        while last > 0 and not self._stored[last] and not self._references[last]:
-            last -= 1
+        last = max(self.stored.last(), self.references.last(), 0)
         return (last + 1) << self._bits
 
-    def refer(self, table: str, entry_offset: int, offset: int, length: int) -> bool:
-        """Count a reference to every cluster of a range; False when the range is not in the file.
+    # -- counting -----------------------------------------------------------------------------------
+
+    def refer(self, table: str, entry_offset: int, offset: int, length: int, times: int = 1) -> bool:
+        """Count references to every cluster of a range; False when the range is not in the file.
 
         A last cluster that is only partly in the file is in it.
         """
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
-        if last >= self._count:
-            self._findings.add_corruption(
+        if last >= self.count:
+            self._findings.wrong(
                 table,
                 entry_offset,
                 f"refers to {offset:#x}, past the end of the file at {self._file.size:#x}",
             )
             return False
-        for cluster in range(first, last + 1):
-            self._references[cluster] += 1
+        if first == last:
+            self.references.add(first, times)
+        else:
+            self.references.add_range(first, last - first + 1, times)
         return True
+
+    def refer_exclusively(self, table: str, entry_offset: int, offset: int, length: int) -> bool:
+        """Count the reference to a table that nothing else refers to; False: it cannot be looked at.
+
+        A table that lies over another one is wrong, and never looked at: so the work is bounded by the file.
+        """
+        first, last = offset >> self._bits, offset + length - 1 >> self._bits
+        count = last - first + 1
+        if last < self.count and not self._exclusive.are_all(first, count, 0):
+            self.references.add_range(first, count)
+            self._findings.wrong(table, entry_offset, f"{offset:#x} is inside another table")
+            return False
+        if not self.refer(table, entry_offset, offset, length):
+            return False
+        self._exclusive.add_range(first, count)
+        return True
+
+    def require_single_use(self, table: str, cluster: int, expected: int) -> None:
+        """Find a cluster of a table wrong that is used for something else as well."""
+        references = self.references[cluster]
+        if references == expected or COUNT_MAX in (references, expected):
+            return
+        say = self._findings.wrong if references <= self.stored[cluster] else self._findings.obstruct
+        say(table, cluster << self._bits, "is also used for something else")
+
+    def check_tables(self) -> Iterator[bool]:
+        """Find tables that something else lies over. Needs: all references but the refcounts' own."""
+        for cluster, _ in self._exclusive.clusters():
+            self.require_single_use("header" if not cluster else "table", cluster, 1)
+        yield True
 
     # -- stored -----------------------------------------------------------------------------------
 
-    def load(self) -> Iterator[None]:
+    def load(self) -> Iterator[bool]:
         """Read all refcount blocks."""
-        start = self._header.refcount_table_offset
-        length = self._header.refcount_table_clusters << self._bits
+        header = self._header
+        start, length = header.refcount_table_offset, header.refcount_table_clusters << self._bits
         if start + length > self._file.size:
-            self._findings.add_corruption(_TABLE, start, "is cut off by the file's end")
+            self._mend_by_rebuild(start, "is cut off by the file's end")
             return
-        block_entry_count = self._header.cluster_size * 8 >> self._header.refcount_order
-        for index, entry in enumerate(read_entries(self._file, start, length // 8)):
-            block = self._check_table_entry(start + index * 8, entry) if entry else 0
-            if block:
-                self._load_block(block, index * block_entry_count)
-                yield
+        self.blocks = array("Q", bytes(length))
+        seen = ClusterCounts(self._budget)
+        for entry_offset, entry in used_entries(self._file, Entries(_TABLE, start, length // 8)):
+            block = self._check_table_entry(entry_offset, entry)
+            if block and seen[block >> self._bits]:
+                self._mend_by_rebuild(entry_offset, f"refcount block {block:#x} is used twice")
+            elif block:
+                seen.add(block >> self._bits)
+                index = entry_offset - start >> 3
+                self.blocks[index] = block
+                self._load_block(block, index * self.span)
+                yield True
+
+    def _mend_by_rebuild(self, offset: int, message: str) -> None:
+        self.needs_rebuild = True
+        self._findings.mendable(_TABLE, offset, message)
 
     def _check_table_entry(self, entry_offset: int, entry: int) -> int:
         """Check one entry; return the offset of the block it names, 0 when that cannot be read."""
         block = entry & _OFFSET_MASK
         if entry != block:
-            self._findings.add_corruption(_TABLE, entry_offset, f"entry {entry:#x} has reserved bits set")
+            self._mend_by_rebuild(entry_offset, f"entry {entry:#x} has reserved bits set")
         wrong = None
         if block % self._header.cluster_size:
             wrong = f"refcount block offset {block:#x} is not cluster aligned"
         elif block + self._header.cluster_size > self._file.size:
             wrong = f"refcount block {block:#x} is past the end of the file at {self._file.size:#x}"
         if wrong:
-            self._findings.add_corruption(_TABLE, entry_offset, wrong)
+            self._mend_by_rebuild(entry_offset, wrong)
             return 0
-        self._blocks.append((entry_offset, block))
         return block
 
     def _load_block(self, offset: int, first_cluster: int) -> None:
-        block = bytearray(self._header.cluster_size)
-        self._file.readinto_blocking(offset, memoryview(block))
-        refcounts = _unpack(block, self._header.refcount_order)[: max(0, self._count - first_cluster)]
-        if self._header.refcount_order == 6:
-            refcounts = array("Q", (min(count, _REFCOUNT_MAX) for count in refcounts))
-        self._stored[first_cluster : first_cluster + len(refcounts)] = array("I", refcounts)
+        count = min(self.span, self.count - first_cluster)
+        if count > 0:
+            block = bytearray(-(-count << self._header.refcount_order >> 3))
+            self._file.readinto_blocking(offset, memoryview(block))
+            if any(block):
+                self.stored.put(first_cluster, unpack_refcounts(block, self._header.refcount_order)[:count])
 
-    # -- counted ----------------------------------------------------------------------------------
+    # -- the refcounts' own clusters ------------------------------------------------------------------
 
-    def require_single_use(self, table: str, offset: int, length: int) -> None:
-        """Report clusters of a table that is never shared but that have a refcount for other users too."""
-        end = min(self._count, -(-(offset + length) >> self._bits))
-        for cluster in range(offset >> self._bits, end):
-            if 1 < self._references[cluster] <= self._stored[cluster]:
-                self._findings.add_corruption(table, cluster << self._bits, "is also used for something else")
+    def own_clusters(self) -> Iterator[int]:
+        """The clusters of the refcount table, as far as they are in the file, and of its blocks."""
+        first = self._header.refcount_table_offset >> self._bits
+        yield from range(first, min(first + self._header.refcount_table_clusters, self.count))
+        yield from (block >> self._bits for block in self.blocks if block)
 
-    def refer_to_own(self) -> Iterator[None]:
+    def refer_to_own(self) -> Iterator[bool]:
         """Count the references that the refcount structures are themselves."""
-        start = self._header.refcount_table_offset
-        self.refer(_TABLE, start, start, self._header.refcount_table_clusters << self._bits)
-        for entry_offset, block in self._blocks:
-            self.refer(_TABLE, entry_offset, block, self._header.cluster_size)
-            references = self._references[block >> self._bits]
+        for cluster in self.own_clusters():
+            self.references.add(cluster)
+        yield True
+        start = self._header.refcount_table_offset >> self._bits
+        for cluster in range(start, min(start + self._header.refcount_table_clusters, self.count)):
+            if self.references[cluster] != 1:
+                self.needs_rebuild = True
+                if self.references[cluster] <= self.stored[cluster]:
+                    self._findings.mendable(_TABLE, cluster << self._bits, "is also used for something else")
+        for index, block in enumerate(self.blocks):
+            references = self.references[block >> self._bits] if block else 1
             if references != 1:
-                self._findings.add_corruption(
-                    _TABLE, entry_offset, f"refcount block {block:#x} is used {references} times"
+                self._mend_by_rebuild(
+                    self._header.refcount_table_offset + index * 8,
+                    f"refcount block {block:#x} is used {references} times",
                 )
-        yield
+        yield True
 
-    def compare(self) -> Iterator[None]:
+    # -- comparing ------------------------------------------------------------------------------------
+
+    def compare(self) -> Iterator[bool]:
         """Report every cluster for which the two sides differ."""
-        for start in range(0, self._count, _STRETCH):
-            stretch = slice(start, start + _STRETCH)
-            if self._stored[stretch] != self._references[stretch]:
-                self._compare_stretch(range(*stretch.indices(self._count)))
-            yield
+        for clusters in self.stored.ranges_with(self.references):
+            stored = self.stored.get(clusters.start, len(clusters))
+            references = self.references.get(clusters.start, len(clusters))
+            if stored != references or max(references) > min(self.refcount_max, COUNT_MAX - 1):
+                for cluster, *found in zip(clusters, stored, references, strict=True):
+                    self._compare(cluster << self._bits, *found)
+            yield True
 
-    def _compare_stretch(self, clusters: range) -> None:
-        for cluster in clusters:
-            stored, references = self._stored[cluster], self._references[cluster]
-            offset = cluster << self._bits
-            if stored > references:
-                self._findings.add_leak(offset, f"refcount {stored}, {references} references")
-            elif stored < references:
-                self._findings.add_corruption(
-                    "refcounts", offset, f"refcount {stored}, but {references} references"
-                )
+    def _compare(self, offset: int, stored: int, references: int) -> None:
+        if stored > references:
+            self._findings.leak(offset, f"refcount {stored}, {references} references")
+        elif stored < references:
+            self._findings.mendable("refcounts", offset, f"refcount {stored}, but {references} references")
+        if references > self.refcount_max or references == COUNT_MAX:
+            self._findings.obstruct(
+                "refcounts", offset, f"{references} references are more than its refcount can be"
+            )
 
 
-def _unpack(block: bytearray, order: int) -> "array[int]":
+def unpack_refcounts(block: bytes | bytearray, order: int) -> "array[int]":
     """The refcounts of a block, 1 << order bits each; below a byte the lowest bits come first."""
     if order >= 3:
         refcounts = array(_TYPECODES[order], bytes(block))
@@ -149,3 +207,18 @@ def _unpack(block: bytearray, order: int) -> "array[int]":
     width = 1 << order
     mask = (1 << width) - 1
     return array("B", (byte >> shift & mask for byte in block for shift in range(0, 8, width)))
+
+
+def pack_refcounts(refcounts: "array[int]", order: int) -> bytes:
+    """The other way round."""
+    if order >= 3:
+        packed = array(_TYPECODES[order], refcounts.tolist())
+        if sys.byteorder == "little":
+            packed.byteswap()
+        return packed.tobytes()
+    per_byte = 8 >> order
+    block = bytearray(-(-len(refcounts) // per_byte))
+    for index, refcount in enumerate(refcounts):
+        if refcount:
+            block[index // per_byte] |= refcount << (index % per_byte << order)
+    return bytes(block)

@@ -1,37 +1,31 @@
-"""What a check reads besides mapping and refcounts: the snapshot table and the bitmap directory."""
+"""What a check reads besides refcounts: the header, tables of entries, snapshot table, bitmap directory."""
 
 import struct
 import sys
 from array import array
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from blockd.block.node import ProtocolNode
+from blockd.formats.qcow2 import header as qcow2_header
+from blockd.formats.qcow2.findings import Findings
 from blockd.formats.qcow2.header import L1_SIZE_MAX, Header
 from blockd.units import MIB, align_up
 
 # QEMU's limits, far beyond what anyone uses.
+SNAPSHOT_COUNT_MAX = 65536
 SNAPSHOT_TABLE_SIZE_MAX = 64 * MIB
 BITMAP_COUNT_MAX = 65535
 BITMAP_DIRECTORY_SIZE_MAX = 64 * MIB
 BITMAP_TABLE_SIZE_MAX = 256 * MIB
 
-_AUTOCLEAR_BITMAPS = 1 << 0
-_EXTENSION_BITMAPS = 0x23852875
+_PIECE_ENTRY_COUNT = MIB // 8
 _BITMAPS = struct.Struct(">IIQQ")
 _SNAPSHOT = struct.Struct(">QIHH20xI")
 _BITMAP = struct.Struct(">QI6xHI")
 _ROW_SIZE = 40  # the longer of the two fixed parts
 _SNAPSHOT_TABLE = "snapshot table"
 _BITMAP_DIRECTORY = "bitmap directory"
-
-
-class Findings(Protocol):
-    """Where what is wrong gets reported."""
-
-    def add_leak(self, offset: int, message: str) -> None: ...
-
-    def add_corruption(self, table: str, offset: int, message: str) -> None: ...
 
 
 class Entries(NamedTuple):
@@ -65,6 +59,16 @@ class _Row(NamedTuple):
 _Parse = Callable[[bytes, int], _Row]
 
 
+def read_header(file: ProtocolNode) -> Header:
+    """Read and parse the header, also of an image that blockd could not open.
+
+    Raises:   ImageError: no qcow2 image, or a field is wrong.
+    """
+    buffer = bytearray(min(file.size, 1 << qcow2_header.CLUSTER_BITS_MAX))
+    file.readinto_blocking(0, memoryview(buffer))
+    return qcow2_header.parse(bytes(buffer), file.filename, supported_only=False)
+
+
 def read_entries(file: ProtocolNode, offset: int, count: int) -> "array[int]":
     """Read `count` big-endian 64-bit entries."""
     entries = array("Q", bytes(count * 8))
@@ -74,16 +78,27 @@ def read_entries(file: ProtocolNode, offset: int, count: int) -> "array[int]":
     return entries
 
 
+def used_entries(file: ProtocolNode, table: Entries) -> Iterator[tuple[int, int]]:
+    """The entries of a table that are not 0, and where they stand: a piece of a large table at a time."""
+    for start in range(0, table.entry_count, _PIECE_ENTRY_COUNT):
+        offset = table.offset + start * 8
+        entries = read_entries(file, offset, min(_PIECE_ENTRY_COUNT, table.entry_count - start))
+        if any(entries):
+            yield from ((offset + index * 8, entry) for index, entry in enumerate(entries) if entry)
+
+
 def snapshots(file: ProtocolNode, header: Header, findings: Findings) -> Directory:
     """Find the L1 tables of the internal snapshots."""
-    rows = _rows(
-        file, header.snapshots_offset, header.snapshot_count, SNAPSHOT_TABLE_SIZE_MAX, _parse_snapshot
-    )
+    count = header.snapshot_count
     found = Directory(_SNAPSHOT_TABLE, header.snapshots_offset, 0, [])
+    if count > SNAPSHOT_COUNT_MAX:
+        findings.wrong("header", 60, f"{count} snapshots are more than {SNAPSHOT_COUNT_MAX}")
+        return found
+    rows = _rows(file, header.snapshots_offset, count, SNAPSHOT_TABLE_SIZE_MAX, _parse_snapshot)
     return _read_directory(
         found,
         rows,
-        count=header.snapshot_count,
+        count=count,
         cluster_size=header.cluster_size,
         table_size_max=L1_SIZE_MAX,
         findings=findings,
@@ -92,18 +107,16 @@ def snapshots(file: ProtocolNode, header: Header, findings: Findings) -> Directo
 
 def bitmaps(file: ProtocolNode, header: Header, findings: Findings) -> Directory:
     """Find the tables of the persistent bitmaps, unless the image says that they are out of date."""
-    data = next((entry.data for entry in header.extensions if entry.type == _EXTENSION_BITMAPS), b"")
-    if not header.autoclear & _AUTOCLEAR_BITMAPS:
+    data = header.extension(qcow2_header.EXTENSION_BITMAPS) or b""
+    if not header.autoclear & qcow2_header.AUTOCLEAR_BITMAPS:
         return Directory(_BITMAP_DIRECTORY, 0, 0, [])
     if len(data) != _BITMAPS.size:
-        findings.add_corruption("header", 0, f"the bitmaps extension has {len(data)} bytes, not 24")
+        findings.wrong("header", 0, f"the bitmaps extension has {len(data)} bytes, not 24")
         return Directory(_BITMAP_DIRECTORY, 0, 0, [])
     count, _, length, offset = _BITMAPS.unpack(data)
     found = Directory(_BITMAP_DIRECTORY, offset, 0, [])
     if count > BITMAP_COUNT_MAX or length > BITMAP_DIRECTORY_SIZE_MAX or offset % header.cluster_size:
-        findings.add_corruption(
-            "header", 0, f"a bitmap directory of {count} bitmaps at {offset:#x} cannot be"
-        )
+        findings.wrong("header", 0, f"a bitmap directory of {count} bitmaps at {offset:#x} cannot be")
         return found
     rows = _rows(file, offset, count, length, _parse_bitmap)
     return _read_directory(
@@ -131,13 +144,13 @@ def _read_directory(
         table = row.table
         if table.offset % cluster_size or table.length > table_size_max:
             where = f"{table.name} of {table.entry_count} entries at {table.offset:#x}"
-            findings.add_corruption(found.name, found.offset + length, f"{where} cannot be")
+            findings.wrong(found.name, found.offset + length, f"{where} cannot be")
         else:
             found.tables.append(table)
         length += row.length
         row_count += 1
     if row_count < count:
-        findings.add_corruption(found.name, found.offset, f"ends after {row_count} of {count} entries")
+        findings.wrong(found.name, found.offset, f"ends after {row_count} of {count} entries")
     return found._replace(length=length)
 
 

@@ -19,12 +19,10 @@ from dataclasses import dataclass
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
 from blockd.formats.qcow2 import header as qcow2_header
+from blockd.formats.qcow2.check_tables import BITMAP_COUNT_MAX, SNAPSHOT_COUNT_MAX, read_header
 from blockd.formats.qcow2.header import Header
 from blockd.units import align_up
 
-# As many as QEMU allows.
-SNAPSHOT_COUNT_MAX = 65536
-BITMAP_COUNT_MAX = 65535
 # Longer extra data is of no version that is known; names are shorter than 64 KiB by their field.
 EXTRA_LENGTH_MAX = 1024
 
@@ -137,14 +135,8 @@ async def info(file: ProtocolNode) -> Qcow2Info:
 
 def info_blocking(file: ProtocolNode, header: Header | None = None) -> Qcow2Info:
     """Like `info`; with the header of an image that is open already."""
-    header = header or _read_header(file)
+    header = header or read_header(file)
     return Qcow2Info(header, tuple(_snapshots(file, header)), tuple(_bitmaps(file, header)))
-
-
-def _read_header(file: ProtocolNode) -> Header:
-    buffer = bytearray(min(file.size, 1 << qcow2_header.CLUSTER_BITS_MAX))
-    file.readinto_blocking(0, memoryview(buffer))
-    return qcow2_header.parse(bytes(buffer), file.filename, supported_only=False)
 
 
 def _snapshots(file: ProtocolNode, header: Header) -> Iterator[Snapshot]:
