@@ -89,7 +89,7 @@ class Census:
             is_marked_corrupt=bool(header.incompatible & qcow2_header.INCOMPATIBLE_CORRUPT),
         )
         self.findings = Findings(self.report)
-        self._has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
+        self.has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
         budget = CountsBudget(file.filename)
         self.refcounts = Refcounts(file, header, self.findings, budget)
         # How often each L2 table is used: by the disk as it is now, and by snapshots.
@@ -239,8 +239,8 @@ class Census:
     def _count_compressed(self, entry_offset: int, entry: int, bitmap: int, uses: Uses) -> None:
         if entry & COPIED:
             self.findings.mendable(_L2, entry_offset, "copied flag on a compressed cluster")
-        if self._has_data_file or bitmap:
-            what = "a data file" if self._has_data_file else "a subcluster bitmap"
+        if self.has_data_file or bitmap:
+            what = "a data file" if self.has_data_file else "a subcluster bitmap"
             self.findings.wrong(_L2, entry_offset, f"compressed cluster together with {what}")
             return
         offset_bits = 62 - (self.header.cluster_bits - 8)
@@ -255,12 +255,12 @@ class Census:
     def _count_run(self, entry_offset: int, entry: int, count: int, uses: Uses) -> bool:
         """Count neighbouring clusters; False: the entry names none."""
         offset, step = entry & OFFSET_MASK, self.header.cluster_size
-        if not offset and not (self._has_data_file and entry & COPIED):
+        if not offset and not (self.has_data_file and entry & COPIED):
             return False
         if offset % step:
             self.findings.wrong(_L2, entry_offset, f"data cluster offset {offset:#x} is not cluster aligned")
         self.report.allocated_clusters += uses.active * count
-        if not self._has_data_file and not self._count_sound_run(entry, count, uses):
+        if not self.has_data_file and not self._count_sound_run(entry, count, uses):
             for number in range(count):
                 position = entry_offset + number * self.header.l2_entry_size
                 is_inside = self.refcounts.refer(_L2, position, offset + number * step, step, uses.total)
@@ -285,7 +285,7 @@ class Census:
             wrong = f"entry {entry:#x} has reserved bits set"
         elif entry & _ZERO and (self.header.version < 3 or self.header.has_extended_l2):
             wrong = f"entry {entry:#x} has the zero flag, which this version of the format does not know"
-        elif bitmap & 0xFFFF_FFFF and not entry & OFFSET_MASK and not self._has_data_file:
+        elif bitmap & 0xFFFF_FFFF and not entry & OFFSET_MASK and not self.has_data_file:
             wrong = f"an unallocated cluster has allocated subclusters {bitmap:#x}"
         elif bitmap >> 32 & bitmap:
             wrong = f"subclusters {bitmap:#x} are both allocated and zero"

@@ -212,7 +212,7 @@ def unpack_refcounts(block: bytes | bytearray, order: int) -> "array[int]":
 def pack_refcounts(refcounts: "array[int]", order: int) -> bytes:
     """The other way round."""
     if order >= 3:
-        packed = array(_TYPECODES[order], refcounts.tolist())
+        packed = array(_TYPECODES[order], refcounts)
         if sys.byteorder == "little":
             packed.byteswap()
         return packed.tobytes()

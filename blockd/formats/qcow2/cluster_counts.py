@@ -100,6 +100,13 @@ class ClusterCounts:
         for number in sorted(self._pieces.keys() | other._pieces.keys()):
             yield range(number * _SPAN, (number + 1) * _SPAN)
 
+    def ranges_not_as(self, other: "ClusterCounts") -> Iterator[range]:
+        """Ranges of clusters, in order, outside of which both say the same."""
+        for clusters in self.ranges_with(other):
+            number = clusters.start // _SPAN
+            if self._pieces.get(number, _NOTHING) != other._pieces.get(number, _NOTHING):
+                yield clusters
+
     def find_zero(self, start: int) -> int:
         """The first cluster from `start` on whose number is 0."""
         number, index = divmod(start, _SPAN)
@@ -109,6 +116,17 @@ class ClusterCounts:
                 return number * _SPAN + index + rest.index(0)
             number, index = number + 1, 0
         return number * _SPAN + index
+
+    def used_spans(self, span: int) -> Iterator[int]:
+        """The numbers of the stretches of `span` clusters, a power of two, that are not all 0; in order."""
+        last = -1
+        step = min(span, _SPAN)
+        for number in sorted(self._pieces):
+            for start in range(0, _SPAN, step):
+                found = (number * _SPAN + start) // span
+                if found != last and self._pieces[number][start : start + step] != _NOTHING[:step]:
+                    last = found
+                    yield found
 
     def last(self) -> int:
         """The last cluster whose number is not 0; -1 if there is none."""
