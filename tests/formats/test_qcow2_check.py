@@ -13,9 +13,8 @@ from blockd.formats.qcow2.check import check
 from blockd.protocols.file import FileNode
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
+from tests.formats.damaged import COPIED, Image
 from tests.qemu_img import Verdict, qemu
-
-COPIED = 1 << 63
 
 
 async def our_check(path: Path) -> CheckReport:
@@ -103,39 +102,6 @@ async def test_huge_empty_image_is_checked_quickly(tmp_path: Path) -> None:
 
 
 # -- damage ---------------------------------------------------------------------------------------
-
-
-class Image:
-    """An image file whose tables a test can spoil."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = bytearray(path.read_bytes())
-        self.l1 = self.get(40)
-        self.l2 = self.get(self.l1) & ~COPIED
-        self.refcount_table = self.get(48)
-        self.refcount_block = self.get(self.refcount_table)
-
-    def get(self, offset: int) -> int:
-        return int.from_bytes(self.data[offset : offset + 8], "big")
-
-    def put(self, offset: int, value: int, width: int = 8) -> None:
-        self.data[offset : offset + width] = value.to_bytes(width, "big")
-        self.path.write_bytes(self.data)
-
-    def change(self, offset: int, change: Callable[[int], int]) -> None:
-        self.put(offset, change(self.get(offset)))
-
-    def refcount_at(self, cluster_offset: int) -> int:
-        """Where the refcount of a cluster stands (default geometry)."""
-        return self.refcount_block + 2 * (cluster_offset >> 16)
-
-    def append_cluster(self, refcount: int) -> None:
-        self.data.extend(bytes(1 << 17))
-        self.put(self.refcount_at(len(self.data) - 1), refcount, 2)
-
-    def data_cluster(self, index: int) -> int:
-        return self.get(self.l2 + 8 * index) & ~COPIED
 
 
 DAMAGES: dict[str, tuple[Callable[[Image], None], str]] = {

@@ -238,7 +238,7 @@ class Census:
 
     def _count_compressed(self, entry_offset: int, entry: int, bitmap: int, uses: Uses) -> None:
         if entry & COPIED:
-            self.findings.mendable(_L2, entry_offset, "copied flag on a compressed cluster")
+            self.findings.wrong(_L2, entry_offset, "copied flag on a compressed cluster")
         if self.has_data_file or bitmap:
             what = "a data file" if self.has_data_file else "a subcluster bitmap"
             self.findings.wrong(_L2, entry_offset, f"compressed cluster together with {what}")

@@ -119,14 +119,13 @@ def _write_flags(census: Census) -> Iterator[bool]:
             census.file.write_blocking(entry_offset, wanted.to_bytes(8, "big"))
     yield True
     for l2_offset, uses in census.l2_tables():
+        if not uses.active or census.has_data_file:
+            continue
         entries = read_entries(census.file, l2_offset, census.header.cluster_size // 8)
         before = entries[:]
         for index in range(0, len(entries), census.header.l2_entry_size // 8):
-            entry = entries[index]
-            if entry & COMPRESSED:
-                entries[index] = entry & ~COPIED
-            elif entry & OFFSET_MASK and uses.active and not census.has_data_file:
-                entries[index] = _with_flag(census, entry)
+            if entries[index] & OFFSET_MASK and not entries[index] & COMPRESSED:
+                entries[index] = _with_flag(census, entries[index])
         if entries != before:
             census.file.write_blocking(l2_offset, pack_entries(entries))
         yield True
