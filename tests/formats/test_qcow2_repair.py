@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from blockd.errors import ImageError
 from blockd.formats.check_report import CheckReport, Repair
+from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qcow2.repair import repair
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
@@ -230,11 +232,7 @@ async def test_marks_stay_when_something_cannot_be_repaired(tmp_path: Path) -> N
 
 
 async def test_image_that_qemu_left_dirty_is_made_clean(tmp_path: Path) -> None:
-    """With lazy refcounts, the refcounts on the disk are behind when the process dies."""
-    path = qemu_img.create(tmp_path / "i.qcow2", 5 * MIB, "lazy_refcounts=on")
-    commands = ("write -P 1 0 300k", "write -P 2 2M 200k", "flush", "abort")
-    words = [word for command in commands for word in ("-c", command)]
-    qemu("qemu-io", "-f", "qcow2", *words, path, expect=-signal.SIGABRT)
+    path = make_dirty(tmp_path / "i.qcow2")
     content = qemu_img.content(path)
     found = await our_check(path)
     assert found.is_dirty
@@ -270,3 +268,41 @@ async def test_l2_table_under_data_is_said_although_the_refcount_fits(tmp_path: 
     assert report.corruptions == 1
     assert report.refusal is not None
     assert f"L2 table at {image.l2:#x}: is also used for something else" in report.refusal
+
+
+# -- images that are opened -------------------------------------------------------------------------------
+
+
+def make_dirty(path: Path) -> Path:
+    """With lazy refcounts, the refcounts on the disk are behind when the process dies."""
+    qemu_img.create(path, 5 * MIB, "lazy_refcounts=on")
+    commands = ("write -P 1 0 300k", "write -P 2 2M 200k", "flush", "abort")
+    words = [word for command in commands for word in ("-c", command)]
+    qemu("qemu-io", "-f", "qcow2", *words, path, expect=-signal.SIGABRT)
+    return path
+
+
+async def test_dirty_image_is_repaired_when_it_is_opened_for_writing(tmp_path: Path) -> None:
+    path = make_dirty(tmp_path / "i.qcow2")
+    content = qemu_img.content(path)
+    file = await FileNode.open(str(path), node_name="f", read_only=False)
+    image = await Qcow2Image.open(file, node_name="i", read_only=False)
+    await image.write(4 * MIB, b"new")
+    await image.close()
+    await file.close()
+
+    assert_clean(path)
+    assert Image(path).get(72) == 0
+    assert Image(path).get(80) == 1, "lazy refcounts are still allowed"
+    assert qemu_img.content(path) == content[: 4 * MIB] + b"new" + content[4 * MIB + 3 :]
+
+
+async def test_dirty_image_that_cannot_be_repaired_is_not_written(tmp_path: Path) -> None:
+    path = make_dirty(tmp_path / "i.qcow2")
+    DAMAGES["data past the end"][0](Image(path))
+    before = path.read_bytes()
+    file = await FileNode.open(str(path), node_name="f", read_only=False)
+    with pytest.raises(ImageError, match=r"was not closed cleanly, and cannot be repaired: .*losing data"):
+        await Qcow2Image.open(file, node_name="i", read_only=False)
+    await file.close()
+    assert path.read_bytes() == before

@@ -41,7 +41,7 @@ RUN_CLUSTER_COUNT_MAX = 512
 
 
 class Qcow2Image(OverlayNode):
-    """A qcow2 version 3 image; read-only also version 2 and images that were not closed cleanly."""
+    """A qcow2 version 3 image; read-only also version 2."""
 
     driver = "qcow2"
 

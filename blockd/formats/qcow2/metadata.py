@@ -15,6 +15,7 @@ from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2.allocator import Allocator, Freed, Run
 from blockd.formats.qcow2.header import Header
 from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, TableWrite, unpack_entries
+from blockd.formats.qcow2.repair import repair_before_writing
 
 
 class Metadata:
@@ -38,14 +39,16 @@ class Metadata:
 
     @classmethod
     async def load(cls, file: ProtocolNode, *, read_only: bool) -> "Metadata":
-        """Read the header and the tables that stay in memory.
+        """Read the header and the tables that stay in memory; repair an image that was not closed cleanly.
 
         Raises:   ImageError: not a qcow2 image, or a field that is wrong or not supported.
         """
-        first = await file.read(0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
-        header = headers.parse(bytes(first), file.filename)
+        header = await _load_header(file)
         if not read_only:
             _require_writable(header, file.filename)
+            if header.incompatible & headers.INCOMPATIBLE_DIRTY:
+                await repair_before_writing(file)
+                header = await _load_header(file)
         l1_size = header.l1_entry_count * 8
         l1 = await _load_table(file, header.l1_offset, l1_size, "L1 table") if l1_size else array("Q")
         file.announce(FileEvent.REFTABLE_LOAD)
@@ -235,6 +238,11 @@ def _clusters_for(length: int, cluster_size: int) -> int:
     return -(-length // cluster_size)
 
 
+async def _load_header(file: ProtocolNode) -> Header:
+    first = await file.read(0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
+    return headers.parse(bytes(first), file.filename)
+
+
 async def _load_table(file: ProtocolNode, host_offset: int, length: int, what: str) -> "array[int]":
     """Read a table that has to be inside the file: past its end is corrupt, never zeroes."""
     if host_offset + length > file.size:
@@ -248,11 +256,7 @@ def _require_writable(header: Header, name: str) -> None:
         (header.version < 3, "is a version 2 image; upgrade it with: qemu-img amend -o compat=1.1"),
         (
             header.incompatible & headers.INCOMPATIBLE_CORRUPT,
-            "is marked corrupt; repair it with: qemu-img check -r all",
-        ),
-        (
-            header.incompatible & headers.INCOMPATIBLE_DIRTY,
-            "was not closed cleanly; repair it with: qemu-img check -r all",
+            "is marked corrupt; repair it with: blockctl image check --repair all",
         ),
         (
             header.refcount_order != 4,
