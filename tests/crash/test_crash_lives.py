@@ -63,7 +63,7 @@ def test_crash_in_long_lives() -> None:
     run_state_machine_as_test(
         LifeOfADisk,
         settings=settings(
-            max_examples=100,
+            max_examples=130,
             stateful_step_count=25,
             deadline=None,
             derandomize=True,
