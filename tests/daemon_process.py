@@ -11,8 +11,8 @@ from typing import Self
 
 from tests.qmp_client import QmpClient
 
-START_TIMEOUT_S = 30.0
-STOP_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 100.0
+STOP_TIMEOUT_S = 100.0
 
 
 class DaemonProcess:

@@ -3,7 +3,7 @@
 import asyncio
 from pathlib import Path
 
-PROGRAM_TIMEOUT_S = 60.0
+PROGRAM_TIMEOUT_S = 100.0
 
 
 async def run(*command: str | Path, expect: int | None = 0, stdin: str = "", cwd: Path | None = None) -> str:

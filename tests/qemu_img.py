@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 100.0
 
 
 class Verdict(NamedTuple):

@@ -14,7 +14,7 @@ from typing import Any, Self
 Json = Any
 
 LINE_MAX = 64 << 20
-REPLY_TIMEOUT_S = 30.0
+REPLY_TIMEOUT_S = 100.0
 
 
 class QmpError(Exception):

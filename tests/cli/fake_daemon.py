@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-PROGRAM_TIMEOUT_S = 30.0
+PROGRAM_TIMEOUT_S = 100.0
 
 # What QMP carries is decided by the command.
 Json = Any

@@ -11,7 +11,7 @@ from blockd.cli.keyval import parse_flat, parse_json, parse_keyval
 from blockd.cli.options import parse_command_line
 from blockd.errors import RequestError
 
-QSD_TIMEOUT_S = 20.0
+QSD_TIMEOUT_S = 100.0
 
 
 @pytest.mark.parametrize(

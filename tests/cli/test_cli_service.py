@@ -20,7 +20,7 @@ from tests.qmp_client import QmpClient
 BLOCKD = [sys.executable, "-m", "blockd"]
 # LISTEN_PID is the pid of the program, which `exec` keeps.
 AS_SERVICE = ["sh", "-c", 'LISTEN_PID=$$ exec "$@"', "sh", *BLOCKD]
-TIMEOUT_S = 30
+TIMEOUT_S = 100
 SIZE = 1 << 20
 
 

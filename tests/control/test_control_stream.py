@@ -269,7 +269,7 @@ async def test_on_done_is_called_once_by_the_python_api(tmp_path: Path) -> None:
         services = daemon.services
         calls: list[tuple[bool, bool]] = []
         for speed in (1, 0):
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(100):
                 request = StreamRequest(
                     services.devices.get("vda").node,
                     f"speed{speed}",

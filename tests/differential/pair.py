@@ -19,7 +19,7 @@ from blockd.cli.options import parse_command_line
 from blockd.daemon import Daemon
 from tests.qsd import qsd
 
-TIMEOUT_S = 30
+TIMEOUT_S = 100
 LINE_MAX = 16 << 20
 # Stands in requests for the folder that each of the two has for itself.
 FOLDER = "FOLDER"

@@ -16,7 +16,7 @@ from tests.qmp_client import QmpClient
 from tests.walls import PROJECT
 
 README = (PROJECT / "README.md").read_text()
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 100.0
 
 
 def _blocks(mark: str) -> list[tuple[str, str]]:

@@ -145,7 +145,7 @@ async def test_wrong_options_are_refused(disk: Path, name: str, value: object, t
 def test_qemu_refuses_the_same_options(disk: Path, name: str, value: object, text: str) -> None:
     options = {"driver": "blkdebug", "node-name": "n", "image": {"driver": "file", "filename": str(disk)}}
     command = ["qemu-storage-daemon", "--blockdev", json.dumps({**options, name: value})]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     assert result.stderr.strip().endswith(text)
 
 

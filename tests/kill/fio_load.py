@@ -8,7 +8,7 @@ from typing import Self
 from blockd.units import KIB
 
 BLOCK = 4 * KIB
-STOP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 100.0
 
 
 def pattern(offset: int) -> bytes:

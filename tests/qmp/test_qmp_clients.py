@@ -13,7 +13,7 @@ from qemu.qmp import ExecuteError, QMPClient
 from blockd.qmp.server import QmpServer
 from tests.qmp.toys import ToyContext
 
-TIMEOUT_S = 30
+TIMEOUT_S = 100
 
 
 async def talk(program: list[str], lines: bytes) -> bytes:

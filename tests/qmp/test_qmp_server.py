@@ -22,7 +22,7 @@ OPEN_DESCRIPTORS = Path("/proc/self/fd")
 
 async def until(is_so: Callable[[], bool]) -> None:
     """Let the loop run until something is so."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(100):
         while not is_so():  # noqa: ASYNC110 (the condition is another's state)
             await asyncio.sleep(0.001)
 

@@ -225,7 +225,7 @@ PROGRAM = [sys.executable, "-m", __name__]
 
 def test_stdio() -> None:
     lines = b'{"execute": "qmp_capabilities"}\n{"execute": "ring"}\n{"execute": "look", "id": 1}\n'
-    done = subprocess.run(PROGRAM, input=lines, stdout=subprocess.PIPE, timeout=30, check=True)
+    done = subprocess.run(PROGRAM, input=lines, stdout=subprocess.PIPE, timeout=100, check=True)
     messages = [json.loads(line) for line in done.stdout.splitlines()]
     assert [next(iter(message)) for message in messages] == ["QMP", "return", "timestamp", "return", "return"]
     assert messages[-1]["id"] == 1
@@ -235,7 +235,7 @@ def test_stdio_does_not_take_files(tmp_path: Path) -> None:
     script = tmp_path / "script"
     script.write_text("{}")
     with script.open() as stdin:
-        done = subprocess.run(PROGRAM, stdin=stdin, capture_output=True, timeout=30, check=False)
+        done = subprocess.run(PROGRAM, stdin=stdin, capture_output=True, timeout=100, check=False)
     assert b"stdio needs pipes or a terminal" in done.stderr
 
 

@@ -112,7 +112,7 @@ async def heard_in_one_life(daemon: Restarts, copy: Path, acknowledged: asyncio.
 
 async def all_ended(client: QmpClient) -> list[str]:
     """Wait until no job is left; the names of the events of the session."""
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(100):
         while await client.command("query-jobs"):
             await client.receive()
     return client.event_names()
