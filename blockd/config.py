@@ -2,7 +2,7 @@
 
 The order counts, as with qemu-storage-daemon: a node must stand before the export that names it. Each
 option keeps the text it was read from, so that an error met while doing it can say which one it was:
-`RequestError(f"{given.argument}: {error.message}")`; `cli/` puts the program's name in front.
+`RequestError(f"{given.where}: {error.message}")`; `cli/` puts the program's name in front.
 """
 
 from typing import Annotated, Literal, NamedTuple
@@ -132,6 +132,12 @@ class QmpSocket(Members):
     path: str
 
 
+class HttpServer(Members):
+    """Show over HTTP what goes on: status, metrics."""
+
+    addr: UnixAddress | InetAddress
+
+
 Option = (
     Blockdev
     | Object
@@ -143,14 +149,24 @@ Option = (
     | FileDevice
     | NodeDevice
     | QmpSocket
+    | HttpServer
 )
 
 
 class Given(NamedTuple):
-    """One option, and the text of the command line it was read from."""
+    """One option, and the text of the command line it was read from.
+
+    An option of a config file has the text that means the same, and `place` is its file and line.
+    """
 
     argument: str
     option: Option
+    place: str = ""
+
+    @property
+    def where(self) -> str:
+        """What an error names."""
+        return self.place or self.argument
 
 
 class Config(NamedTuple):

@@ -61,6 +61,8 @@ def _start(arguments: list[str]) -> int:
         return _print_version()
     if not line.config.options and line.config.state_dir is None:
         raise RequestError("nothing to serve: give a disk, --device NAME=FILE, or see --help")
+    if line.action is Action.CHECK:
+        return _check(line.config)
     tell_parent = fork_to_background() if line.is_background else None
     notify = notifier(os.environ)
 
@@ -73,6 +75,19 @@ def _start(arguments: list[str]) -> int:
 
     _serve(line.config, when_ready, lambda: notify("STOPPING=1"))
     return 0
+
+
+def _check(config: "Config") -> int:
+    """Say what is wrong with a configuration; nothing is opened."""
+    from blockd.block.image_paths import printable
+    from blockd.cli.checking import problems
+
+    found = problems(config)
+    for problem in found:
+        print(f"blockd: {printable(problem)}", file=sys.stderr)
+    if not found:
+        print("blockd: the configuration makes sense")
+    return 1 if found else 0
 
 
 def _announce(config: "Config") -> None:

@@ -23,6 +23,10 @@ For people:
   --nbd PATH | HOST:PORT                     listen for NBD here
   --image-paths FOLDER                       let images name backing files in this folder; without it only
                                              in their own (may be given several times)
+  --http PATH | HOST:PORT                    show status and metrics here, to look at only; HOST is loopback
+  --config FILE.toml                         options from a file: its keys are the names of the options, its
+                                             tables their values; FOLDERs and files as on the command line
+  --check-config                             say what is wrong with all this, open nothing, and end
   --state-dir DIR                            remember disks, exports and jobs in this folder, and go on with
                                              them after a crash or a stop; see below
 

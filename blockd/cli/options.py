@@ -55,6 +55,7 @@ class Action(Enum):
     """What the program is started for."""
 
     SERVE = "serve"
+    CHECK = "check"
     HELP = "help"
     VERSION = "version"
 
@@ -72,29 +73,56 @@ def parse_command_line(arguments: Sequence[str], inherited: Sequence[Given] = ()
 
     `inherited` are options for sockets that are open already; with any, no others are added.
     """
-    options: list[Given] = [*inherited]
-    once: dict[str, str] = {}
-    image_paths: list[str] = []
-    remaining = list(arguments)
     for argument in arguments:
         if not _is_utf8(argument):
             raise RequestError(f"{argument}: not valid UTF-8")
+    gathered = _Gathered([*inherited], {}, [])
+    remaining = list(arguments)
     while remaining:
         name, value = _next_option(remaining)
         if name in _ACTIONS:
             return CommandLine(_ACTIONS[name])
-        if name in _ONCE:
-            if name in once:
-                raise RequestError(f"{name} option can only be given once")
-            once[name] = value
-        elif name == "--image-paths":
-            image_paths.append(value)
-        else:
-            text = f"{name} {value}"
-            options.append(Given(text, _handle(name, value, text)))
+        gathered.take(name, value)
+    options, once, image_paths = gathered
     all_options = tuple(options) if inherited else _with_defaults(options)
     config = Config(all_options, once.get("--pidfile"), tuple(image_paths), once.get("--state-dir"))
-    return CommandLine(Action.SERVE, config, is_background="--daemonize" in once)
+    action = Action.CHECK if "--check-config" in once else Action.SERVE
+    return CommandLine(action, config, is_background="--daemonize" in once)
+
+
+class _Gathered(NamedTuple):
+    """What was read so far."""
+
+    options: list[Given]
+    once: dict[str, str]
+    image_paths: list[str]
+
+    def take(self, name: str, value: str) -> None:
+        """Add one option."""
+        if name in _ONCE:
+            self._take_once(name, value)
+        elif name == "--image-paths":
+            self.image_paths.append(value)
+        elif name == "--config":
+            self._take_file(value)
+        else:
+            text = f"{name} {value}"
+            self.options.append(Given(text, _handle(name, value, text)))
+
+    def _take_once(self, name: str, value: str, place: str = "") -> None:
+        if name in self.once:
+            raise RequestError(f"{place and place + ': '}{name} option can only be given once")
+        self.once[name] = value
+
+    def _take_file(self, filename: str) -> None:
+        """Add what a config file says, as if it stood here."""
+        from blockd.cli.config_file import read_config  # noqa: PLC0415  (most have none)
+
+        said = read_config(filename, lambda name, value: _HANDLERS[name](value))
+        for name, value in said.once.items():
+            self._take_once(name, value, said.places[name])
+        self.image_paths.extend(said.image_paths)
+        self.options.extend(said.options)
 
 
 def _is_utf8(text: str) -> bool:
@@ -200,17 +228,27 @@ def _object(value: str) -> Object:
 
 
 def _device(value: str) -> FileDevice | NodeDevice:
+    if value.startswith("{"):
+        return _device_of(parse_json(value))
     name, equals, _ = value.partition("=")
     if not equals:
         raise RequestError("expected NAME=FILE, such as vda=disk.qcow2, or id=NAME,node-name=NODE")
     members = parse_flat(value, "name")
+    if "node-name" not in members:
+        _check_identifier(name)
+        filename = members.pop(name)
+        members = {**members, "name": name, "filename": filename}
+    return _device_of(members)
+
+
+def _device_of(members: Members) -> FileDevice | NodeDevice:
     if "node-name" in members:
         on_node = _validated(NodeDevice, members)
         _check_identifier(on_node.id)
         return on_node
-    _check_identifier(name)
-    filename = members.pop(name)
-    return _validated(FileDevice, {**members, "name": name, "filename": filename})
+    on_file = _validated(FileDevice, members)
+    _check_identifier(on_file.name)
+    return on_file
 
 
 def _qmp(value: str) -> QmpSocket:
@@ -243,9 +281,9 @@ def _validated(model: type[ModelType], members: Members, is_text: bool = True) -
 
 
 _ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}
-_ONCE = ("--pidfile", "--daemonize", "--state-dir")
-_WITHOUT_VALUE = (*_ACTIONS, "--daemonize")
-_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir")
+_ONCE = ("--pidfile", "--daemonize", "--state-dir", "--check-config")
+_WITHOUT_VALUE = (*_ACTIONS, "--daemonize", "--check-config")
+_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", "--config")
 
 _HANDLERS: dict[str, Callable[[str], Option]] = {
     "--blockdev": _blockdev,

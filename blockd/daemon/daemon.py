@@ -124,9 +124,9 @@ class Daemon:
             recorder.begin()
         starter = Starter(services, qmp, recorder.given)
         for step in (starter.start, starter.export, starter.accept):
-            for argument, option in config.options:
-                with _naming(argument):
-                    await step(argument, option)
+            for given in config.options:
+                with _naming(given.where):
+                    await step(given)
         with _naming(f"--state-dir {config.state_dir}"):
             if config.options:
                 recorder.monitors = starter.monitors

@@ -46,19 +46,19 @@ class Starter:
         self._earlier = dict(given)
         self._chardevs: dict[str, SocketChardev | StdioChardev] = {}
 
-    async def start(self, argument: str, option: Option) -> None:
+    async def start(self, given: Given) -> None:
         """Do what one option says.
 
         Raises:   BlockdError: it cannot be done; what it left is removed at the end of the daemon.
         """
-        subject = subject_of(option)
+        subject = subject_of(given.option)
         if subject in self._earlier:
-            for difference in differences(self._services, self._earlier[subject], Given(argument, option)):
-                log.warning("%s: %s", argument, difference)
+            for difference in differences(self._services, self._earlier[subject], given):
+                log.warning("%s: %s", given.where, difference)
             return
-        await self._start(option)
+        await self._start(given.option)
         if subject is not None:
-            self._given[subject] = argument
+            self._given[subject] = given.argument
 
     async def _start(self, option: Option) -> None:
         match option:
@@ -134,16 +134,17 @@ class Starter:
         node = await self._services.graph.open_image(option.filename, option.format, read_only=False)
         self._services.devices.add(option.name, node)
 
-    async def export(self, _argument: str, option: Option) -> None:
+    async def export(self, given: Given) -> None:
         """Offer a device of the command line under its name, if there is an NBD server."""
+        option = given.option
         is_new = subject_of(option) not in self._earlier
         if isinstance(option, FileDevice) and is_new and self._services.exports.server is not None:
             node = self._services.devices.get(option.name).node
             await self._services.exports.add(option.name, node, name=option.name, writable=not node.read_only)
 
-    async def accept(self, _argument: str, option: Option) -> None:
+    async def accept(self, given: Given) -> None:
         """Let in NBD clients that may have connected before we were started: all exports are there."""
-        server = self._services.exports.server
+        option, server = given.option, self._services.exports.server
         if isinstance(option, NbdServer) and isinstance(option.addr, FdAddress) and server is not None:
             server.listen_fd(option.addr.fd)
 
