@@ -34,6 +34,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LIBRARIES: dict[str, set[str]] = {
     "pydantic": {"qmp", "commands", "web", "config", "daemon", "cli"},
     "aiohttp": {"web", "protocols"},
+    "prometheus_client": {"web"},
     "uvloop": {"cli"},
     "rich": {"cli"},
 }
@@ -174,6 +175,7 @@ SUPERVISORS: dict[str, str] = {
     "blockd/exports/nbd/connection.py": "a bug costs the guest a request, or one client its connection",
     "blockd/qmp/server.py": "a bug costs one client its connection",
     "blockd/qmp/session.py": "a bug in a command becomes its error reply",
+    "blockd/web/server.py": "a bug in what is shown becomes an error page",
 }
 
 

@@ -3,7 +3,16 @@
 from pathlib import Path
 from urllib.parse import quote
 
-from blockd.config import Config, FileDevice, InetAddress, NbdServer, QmpSocket, StdioChardev, UnixAddress
+from blockd.config import (
+    Config,
+    FileDevice,
+    HttpServer,
+    InetAddress,
+    NbdServer,
+    QmpSocket,
+    StdioChardev,
+    UnixAddress,
+)
 
 _NEGOTIATE = """'{"execute":"qmp_capabilities"}{"execute":"query-block"}'"""
 
@@ -26,10 +35,20 @@ def ready_lines(config: Config) -> list[str]:
     for server in options:
         if isinstance(server, NbdServer):
             lines += [f"  NBD  {_nbd_uri(server, name)}" for name in devices or ["EXPORT"]]
+        elif isinstance(server, HttpServer):
+            lines.append(f"  HTTP {_http_url(server)}")
     if sockets and devices:
         socket = "" if sockets[0] == "blockd.qmp" else f" --socket {sockets[0]}"
         lines.append(f"  next: blockctl{socket} list; blockctl{socket} stream {devices[0]} --wait")
     return lines
+
+
+def _http_url(server: HttpServer) -> str:
+    address = server.addr
+    if isinstance(address, UnixAddress):
+        return f"curl --unix-socket {Path(address.path).absolute()} http://localhost/api/status"
+    host = f"[{address.host}]" if ":" in address.host else address.host
+    return f"http://{host}:{address.port}/"
 
 
 def _nbd_uri(server: NbdServer, export: str) -> str:

@@ -11,7 +11,6 @@ from blockd.config import (
     Config,
     Export,
     FileDevice,
-    HttpServer,
     Monitor,
     NbdServer,
     NodeDevice,
@@ -58,8 +57,6 @@ class _Names:
                     yield f'chardev "{option.chardev}" not found'
             case NbdServer():
                 yield from self._define("NBD server", "", "NBD server already running")
-            case HttpServer():
-                yield from self._define("HTTP server", "", "HTTP is served already")
             case Export():
                 yield from self._export(option)
             case FileDevice():

@@ -20,6 +20,7 @@ from blockd.config import (
     Export,
     FileDevice,
     Given,
+    HttpServer,
     InetAddress,
     Monitor,
     NbdServer,
@@ -256,11 +257,18 @@ def _qmp(value: str) -> QmpSocket:
 
 
 def _nbd(value: str) -> NbdServer:
+    return NbdServer(addr=_address(value))
+
+
+def _http(value: str) -> HttpServer:
+    return HttpServer(addr=_address(value))
+
+
+def _address(value: str) -> UnixAddress | InetAddress:
     host, colon, port = value.rpartition(":")
     if not colon or "/" in value:
-        return NbdServer(addr=UnixAddress(path=value))
-    members: Members = {"type": "inet", "host": host.strip("[]"), "port": port}
-    return NbdServer(addr=_validated(InetAddress, members))
+        return UnixAddress(path=value)
+    return _validated(InetAddress, {"type": "inet", "host": host.strip("[]"), "port": port})
 
 
 def _check_identifier(name: str) -> None:
@@ -295,4 +303,5 @@ _HANDLERS: dict[str, Callable[[str], Option]] = {
     "--device": _device,
     "--qmp": _qmp,
     "--nbd": _nbd,
+    "--http": _http,
 }

@@ -59,7 +59,8 @@ class Daemon:
         async with AsyncExitStack() as stack:
             services, qmp = await self._open(config, stack)
             try:
-                await self._start(config, services, qmp)
+                starter = Starter(services, qmp, self._recorder.given, stack)
+                await self._start(config, services, starter, qmp)
                 if config.pidfile is not None:
                     stack.callback(Pidfile.create(config.pidfile).remove)
                 when_ready()
@@ -113,7 +114,9 @@ class Daemon:
         log.info("ending: signal=%s", number.name)
         self.stop()
 
-    async def _start(self, config: Config, services: Services, qmp: QmpServer[Services]) -> None:
+    async def _start(
+        self, config: Config, services: Services, starter: Starter, qmp: QmpServer[Services]
+    ) -> None:
         recorder, earlier = self._recorder, self._recorder.earlier
         recorder.image_paths = self._image_paths(config)
         with _naming(f"--state-dir {config.state_dir}"):
@@ -122,7 +125,6 @@ class Daemon:
             elif config.state_dir is not None and not config.options:
                 raise RequestError("nothing to serve: there is no journal yet; give a disk, see --help")
             recorder.begin()
-        starter = Starter(services, qmp, recorder.given)
         for step in (starter.start, starter.export, starter.accept):
             for given in config.options:
                 with _naming(given.where):

@@ -1,6 +1,8 @@
 """What each option of the command line starts."""
 
 import logging
+import time
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from blockd.block.node import BlockNode
@@ -11,6 +13,7 @@ from blockd.config import (
     FdAddress,
     FileDevice,
     Given,
+    HttpServer,
     InetAddress,
     Monitor,
     NbdServer,
@@ -38,10 +41,14 @@ class Starter:
     earlier run are left as the journal has them.
     """
 
-    def __init__(self, services: Services, qmp: QmpServer[Services], given: dict[str, str]) -> None:
+    def __init__(
+        self, services: Services, qmp: QmpServer[Services], given: dict[str, str], stack: AsyncExitStack
+    ) -> None:
         self.monitors: list[MonitorRecord] = []
         self._services = services
         self._qmp = qmp
+        # Ends what is started here and has no other owner.
+        self._stack = stack
         self._given = given
         self._earlier = dict(given)
         self._chardevs: dict[str, SocketChardev | StdioChardev] = {}
@@ -81,6 +88,8 @@ class Starter:
                 await self._add_file_device(option)
             case NodeDevice():
                 self._services.devices.add(option.id, self._find(option.node_name))
+            case HttpServer():
+                await self._serve_http(option)
 
     def _find(self, node_name: str) -> BlockNode:
         if node_name not in self._services.graph.nodes:
@@ -133,6 +142,21 @@ class Starter:
     async def _add_file_device(self, option: FileDevice) -> None:
         node = await self._services.graph.open_image(option.filename, option.format, read_only=False)
         self._services.devices.add(option.name, node)
+
+    async def _serve_http(self, option: HttpServer) -> None:
+        # Loaded by those only who want it: aiohttp is larger than all of blockd.
+        from blockd.web.server import WebServer  # noqa: PLC0415
+        from blockd.web.status import Sources, status_of  # noqa: PLC0415
+
+        services = self._services
+        sources = Sources(
+            services.devices, services.streams, services.jobs, services.exports, started=time.monotonic()
+        )
+        server = await self._stack.enter_async_context(WebServer(lambda: status_of(sources)))
+        if isinstance(option.addr, UnixAddress):
+            await server.listen_unix(option.addr.path)
+        else:
+            await server.listen_tcp(option.addr.host, option.addr.port)
 
     async def export(self, given: Given) -> None:
         """Offer a device of the command line under its name, if there is an NBD server."""

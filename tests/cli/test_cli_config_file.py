@@ -260,7 +260,7 @@ async def test_check_config_opens_nothing(tmp_path: Path) -> None:
 
 async def test_the_example_serves_two_disks(tmp_path: Path) -> None:
     (tmp_path / "base.raw").write_bytes(os.urandom(1 << 20))
-    qemu_img.create(tmp_path / "disk.qcow2", 1 << 20, backing="base.raw", backing_format="raw")
+    qemu_img.create(tmp_path / "disk.qcow2", 1 << 20, backing=tmp_path / "base.raw", backing_format="raw")
     (tmp_path / "data.raw").write_bytes(os.urandom(1 << 20))
     checked = await run(tmp_path, "--config", str(EXAMPLE), "--check-config")
     assert checked == Result(0, "blockd: the configuration makes sense\n", "")
