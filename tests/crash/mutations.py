@@ -18,7 +18,7 @@ from typing import NamedTuple
 from blockd.devices import overlays
 from blockd.errors import BlockdError
 from blockd.exports.nbd import requests
-from blockd.formats.qcow2 import checkpoint, create, image, metadata
+from blockd.formats.qcow2 import checkpoint, create, image, metadata, repair
 from blockd.formats.raw import create as raw_create
 from blockd.formats.raw import image as raw_image
 from blockd.jobs import stream
@@ -29,7 +29,7 @@ from tests.crash.promises import SWEEPS, Sweep
 from tests.crash.workloads import WORKLOADS, Workload
 
 MODULES: list[ModuleType] = [
-    *(checkpoint, create, image, metadata),
+    *(checkpoint, create, image, metadata, repair),
     *(raw_create, raw_image, new_file, overlays, stream, requests),
 ]
 # A statement that calls one of these keeps an order, or a promise.
@@ -64,6 +64,11 @@ SITES: dict[str, list[str]] = {
     "formats.qcow2.metadata.Metadata.change_backing": ["data and map → header without the old backing"],
     "formats.qcow2.metadata.Metadata.set_size": ["zeroes over the backing → larger size"],
     "formats.qcow2.metadata.Metadata.grow_l1": ["refcounts of the larger L1 table → header"],
+    "formats.qcow2.repair._write_steps": [
+        "new refcount table and blocks → header",
+        "refcounts and flags → no longer marked dirty or corrupt",
+    ],
+    "formats.qcow2.repair._finish_steps": ["no longer marked dirty or corrupt → repaired"],
     "formats.raw.create._set_length": ["length → created"],
     "formats.raw.image.RawImage.flush": ["data → flush acknowledged"],
     "formats.raw.image.RawImage.reopen": ["data → backing of another image"],

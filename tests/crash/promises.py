@@ -22,6 +22,7 @@ from blockd.protocols.new_file import new_file
 from tests.chains import make, read_all
 from tests.control.running import running
 from tests.crash.judge import in_force
+from tests.crash.repairing import sweep_repair
 from tests.crash.scene import CHECKPOINT_CLUSTER_COUNT, Scene
 from tests.inline_threads import immediate_threads, use_inline_threads
 from tests.model import AfterCrash, ModelDisk
@@ -210,6 +211,7 @@ async def sweep_switch() -> None:
 
 SWEEPS: list[Sweep] = [
     sweep_refcounts,
+    sweep_repair,
     sweep_raw,
     sweep_nbd,
     sweep_copied_twice,

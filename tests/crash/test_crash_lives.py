@@ -57,7 +57,7 @@ class LifeOfADisk(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_crash_in_long_lives() -> None:
     LifeOfADisk.judge = Judge()
     run_state_machine_as_test(
@@ -75,7 +75,7 @@ def test_crash_in_long_lives() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block", range(4))
 async def test_crash_in_drawn_lives(block: int, tmp_path: Path) -> None:
     """The lives that `make sweep` goes on with, from the first seeds on."""

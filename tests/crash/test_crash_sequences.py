@@ -58,7 +58,7 @@ async def test_crash_in_every_pair_of_operations(first: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("first", OPERATIONS)
 async def test_crash_in_every_three_operations(first: str, tmp_path: Path) -> None:
     judge = Judge(qemu_every=100, folder=tmp_path)

@@ -17,7 +17,7 @@ from tests.kill.fio_load import FioLoad
 from tests.kill.test_kill import CLUSTER, COUNT, Session, make_chain, recorded_backing
 from tests.model import AfterCrash, ModelDisk
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 BLOCK_COUNT = 8
 KILL_COUNT = 26

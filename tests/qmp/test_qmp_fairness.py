@@ -151,7 +151,7 @@ async def test_four_mebibytes(qmp_path: str, name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("unit", [b"x", "😀".encode(), rb"\u00e9"])
 async def test_as_large_as_may_be(qmp_path: str, unit: bytes) -> None:
     message = with_id(string(unit, 64 * MIB - 100))

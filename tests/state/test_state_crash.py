@@ -53,7 +53,7 @@ async def live(daemon: Restarts, copy: Path, acknowledged: asyncio.Event) -> Non
     await client.event("BLOCK_STREAM_COMPLETED")
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 async def test_kill_at_every_step_of_the_journal(tmp_path: Path) -> None:
     """The later the kill, the more streams had begun, and each of them is told to have completed, once."""
     completed_counts = []
@@ -195,7 +195,7 @@ class Disk:
         self.model = ModelDisk(content)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("seed", range(5))
 async def test_kills_at_random_moments(tmp_path: Path, seed: int) -> None:
     """60 kills in all, two a life: under load, and right after the restart.

@@ -218,7 +218,7 @@ async def test_random_lives(tmp_path: Path, block: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("block", range(20))
 async def test_many_random_lives(tmp_path: Path, block: int) -> None:
     if block % 2:
