@@ -51,10 +51,13 @@ class Life:
     base_name: str | None
     is_slow: bool
     steps: list[Step] = field(default_factory=list)
+    image_format: str = "qcow2"
 
     async def run(self) -> Scene:
         """Live it; at the end the power is cut."""
-        scene = Scene(*self.geometry, base_name=self.base_name, is_slow=self.is_slow)
+        scene = Scene(
+            *self.geometry, image_format=self.image_format, base_name=self.base_name, is_slow=self.is_slow
+        )
         async with scene.running():
             for step in self.steps:
                 await scene.look()

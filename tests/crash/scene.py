@@ -6,7 +6,7 @@ takes steps, of a copy each, when it is told to, so that anything can happen bet
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from itertools import cycle, islice
 from typing import NamedTuple
@@ -79,6 +79,7 @@ class Scene:
         cluster_count: int,
         *,
         image_format: str = "qcow2",
+        options: Mapping[str, int] | None = None,
         base_name: str | None = None,
         file_type: type[RecordingFile] = RecordingFile,
         is_slow: bool = False,
@@ -90,6 +91,7 @@ class Scene:
         self.cluster_count = cluster_count
         # Of the active images; the backings are of others.
         self.image_format = image_format
+        self._options = options or {}
         # So many clusters of the backing lie behind the end of the active image at first.
         self._hidden_count = hidden_count
         self.base_name = base_name
@@ -163,6 +165,7 @@ class Scene:
             cluster_size=self.cluster_size,
             backing_filename=backing_name,
             backing_format=backing_format,
+            **self._options,
         )
         content = bytes(made.disk) if self.files else self._prepare(bytes(made.disk))
         file = self._file_type(content, f"active{len(self.files)}.{self.image_format}")

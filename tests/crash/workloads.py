@@ -208,9 +208,14 @@ class Workload:
     cluster_size: int = 512
     hidden_count: int = 0
     prepare: Callable[[bytes], bytes] = bytes
+    image_format: str = "qcow2"
+    # What else the active images are made with.
+    options: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
-        return self.run.__name__
+        return (
+            self.run.__name__ if self.image_format == "qcow2" else f"{self.image_format}: {self.run.__name__}"
+        )
 
     @property
     def is_large(self) -> bool:
@@ -219,7 +224,12 @@ class Workload:
 
     def scene(self) -> Scene:
         return Scene(
-            self.cluster_size, self.cluster_count, hidden_count=self.hidden_count, prepare=self.prepare
+            self.cluster_size,
+            self.cluster_count,
+            image_format=self.image_format,
+            options=dict(self.options),
+            hidden_count=self.hidden_count,
+            prepare=self.prepare,
         )
 
 
