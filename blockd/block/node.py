@@ -159,6 +159,12 @@ class ProtocolNode(BlockNode, BlockingSource):
         if self.failed is not None:
             raise self.failed
 
+    def require_unchanged_blocking(self) -> None:
+        """Refuse to go on when somebody has removed, replaced or cut the file, or whatever it is.
+
+        Raises:   StorageError: what is written would not be found again.
+        """
+
     @abstractmethod
     def write_blocking(self, offset: int, data: Buffer) -> None:
         """Write all of `data`, growing the file if needed."""

@@ -24,6 +24,7 @@ from blockd.drivers.sharing import check_chain, check_single_writer, check_unsha
 from blockd.drivers.table import DRIVERS, FORMATS, copy_on_read
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
+from blockd.protocols.file import identity_of
 
 log = logging.getLogger(__name__)
 
@@ -401,4 +402,4 @@ def _identity(path: str, image: str) -> tuple[int, int]:
         raise RequestError(
             f"Could not open backing file of '{image}': Could not open '{path}': {error.strerror}"
         ) from error
-    return status.st_dev, status.st_ino
+    return identity_of(status)

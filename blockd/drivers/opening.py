@@ -23,6 +23,7 @@ from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
 from blockd.formats.check_report import CheckReport, Repair
 from blockd.protocols.file import FileNode
+from blockd.protocols.image_lock import LockMode
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,11 @@ class Wanted(NamedTuple):
     def may_be_read_only(self) -> bool:
         """Whether a node that cannot be written may be opened read-only instead."""
         return bool(self.options.get("auto-read-only"))
+
+    @property
+    def lock_mode(self) -> LockMode:
+        """How the node's files are locked, unless they are told otherwise."""
+        return LockMode.FORCE_SHARE if self.options.get("force-share") else LockMode.USUAL
 
 
 class Restored(NamedTuple):
@@ -132,6 +138,8 @@ class Opening:
 
     async def _open_node(self, options: Options, name: str) -> BlockNode:
         wanted = Wanted(options, name, bool(options.get("read-only")))
+        if options.get("force-share") and not wanted.read_only:
+            raise RequestError("force-share=on can only be used with read-only images")
         node = await self._drivers[str(options["driver"])].open(self, wanted)
         self.options[node.node_name] = options
         check_chain(node)
@@ -162,9 +170,10 @@ class Opening:
         if isinstance(told, str):
             return self._find(told)
         assert isinstance(told, dict)
-        inherited = {
+        inherited: Options = {
             "read-only": wanted.read_only if read_only is None else read_only,
             "auto-read-only": wanted.may_be_read_only,
+            "force-share": bool(wanted.options.get("force-share")),
         }
         return await self.open_node({**inherited, **told})
 
@@ -210,16 +219,25 @@ class Opening:
     # -- by file name -------------------------------------------------------------------------
 
     async def open_file(
-        self, path: str, node_name: str, *, read_only: bool, above: Sequence[BlockNode] = ()
+        self,
+        path: str,
+        node_name: str,
+        *,
+        read_only: bool,
+        lock_mode: LockMode = LockMode.USUAL,
+        above: Sequence[BlockNode] = (),
     ) -> FileNode:
         """Open a file, unless that would bring it into use twice; `above`: the chain it becomes part of."""
-        file = self.add(await FileNode.open(path, node_name=node_name, read_only=read_only))
+        file = await FileNode.open(path, node_name=node_name, read_only=read_only, lock_mode=LockMode.OFF)
+        self.add(file)
         for node in above:
             if (other := file_of(node)) is not None and other.identity() == file.identity():
                 raise RequestError(
                     f"The backing chain is a loop: '{path}' is the same file as '{node.filename}' above it"
                 )
+        # Who is in the way is known by name when it is in this process; so it is locked only then.
         check_unshared(file, self._nodes(), read_only=read_only)
+        await file.lock(lock_mode)
         return file
 
     async def open_image(
@@ -229,32 +247,42 @@ class Opening:
         node_name: str,
         *,
         read_only: bool,
+        lock_mode: LockMode = LockMode.USUAL,
         above: Sequence[BlockNode] = (),
     ) -> BlockNode:
         """Open an image file without its backing; without a format, name and content have to agree on one."""
         if format_name is not None and format_name not in self._formats:
             raise RequestError(f"Could not open '{path}': Unknown driver '{printable(format_name)}'")
-        file = await self.open_file(path, self.claim_name(), read_only=read_only, above=above)
+        file = await self.open_file(
+            path, self.claim_name(), read_only=read_only, lock_mode=lock_mode, above=above
+        )
         if format_name is None:
             signatures = {name: entry.signature for name, entry in self._formats.items()}
             first_bytes = bytes(await file.read(0, PROBE_LENGTH))
             format_name = probe_format(path, first_bytes, signatures)
         return self.add(await self._formats[format_name].open(file, node_name, read_only))
 
-    async def open_recorded_backing(self, top: BlockNode) -> None:
+    async def open_recorded_backing(self, top: BlockNode, lock_mode: LockMode = LockMode.USUAL) -> None:
         """Open the backing files that `top` and the images below it record, read-only."""
         node = top
         while isinstance(node, OverlayNode) and node.backing is None and node.backing_filename:
-            node.backing = await self._open_recorded(node, node.backing_filename, list(chain(top)))
+            node.backing = await self._open_recorded(node, node.backing_filename, lock_mode, list(chain(top)))
             node = node.backing
 
-    async def _open_recorded(self, image: OverlayNode, name: str, above: Sequence[BlockNode]) -> BlockNode:
+    async def _open_recorded(
+        self, image: OverlayNode, name: str, lock_mode: LockMode, above: Sequence[BlockNode]
+    ) -> BlockNode:
         try:
             if len(above) == CHAIN_DEPTH_MAX:
                 raise RequestError(f"The backing chain has more than {CHAIN_DEPTH_MAX} images")
             path = await in_thread(self.paths.resolve, name, image.filename)
             return await self.open_image(
-                path, image.backing_format, self.claim_name(), read_only=True, above=above
+                path,
+                image.backing_format,
+                self.claim_name(),
+                read_only=True,
+                lock_mode=lock_mode,
+                above=above,
             )
         except BlockdError as error:
             message = f"Could not open backing file of '{image.filename}': {error.message}"

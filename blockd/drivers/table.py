@@ -44,6 +44,7 @@ from blockd.formats.qed.info import image_info as qed_image_info
 from blockd.formats.qed.repair import repair as repair_qed
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
+from blockd.protocols.image_lock import LockMode
 
 
 def _optional(**checks: Check) -> dict[str, Field]:
@@ -99,7 +100,8 @@ async def _open_file(opening: Opening, wanted: Wanted) -> BlockNode:
     read_only = wanted.read_only
     if wanted.may_be_read_only and not read_only:
         read_only = not await in_thread(os.access, path, os.W_OK)
-    return await opening.open_file(path, wanted.node_name, read_only=read_only)
+    lock_mode = LockMode.OFF if wanted.options.get("locking") == "off" else wanted.lock_mode
+    return await opening.open_file(path, wanted.node_name, read_only=read_only, lock_mode=lock_mode)
 
 
 async def _open_raw(opening: Opening, wanted: Wanted) -> BlockNode:
@@ -126,7 +128,7 @@ async def _open_overlay(
     read_only = wanted.read_only or file.read_only
     image = opening.add(await open_image(file, wanted.node_name, read_only))
     if "backing" not in wanted.options:
-        await opening.open_recorded_backing(image)
+        await opening.open_recorded_backing(image, wanted.lock_mode)
     elif wanted.options["backing"] is not None:
         try:
             image.backing = await opening.child(wanted, "backing", read_only=True)

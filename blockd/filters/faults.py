@@ -113,6 +113,9 @@ class FaultsNode(ProtocolNode):
         if not self.read_only:
             await in_thread(self.sync_blocking)
 
+    def require_unchanged_blocking(self) -> None:
+        self.image.require_unchanged_blocking()
+
     def sync_blocking(self) -> None:
         self._require_writable()
         self.announce(FileEvent.FLUSH_TO_DISK)

@@ -13,6 +13,7 @@ import os
 import stat
 import sys
 import time
+from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
@@ -20,6 +21,7 @@ from blockd.block.node import Buffer, ProtocolNode
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError
 from blockd.extents import Extent, Kind
+from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
 from blockd.units import MIB
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -57,30 +59,49 @@ class FileNode(ProtocolNode):
     def __init__(self, fd: int, filename: str, size: int, *, node_name: str, read_only: bool) -> None:
         super().__init__(node_name, filename, size, read_only=read_only)
         self._fd = fd
+        self._lock_mode = LockMode.OFF
+        self._claim = NO_CLAIM
         self._direct_fd = _NOT_OPENED
         self._sync_count = 0
         self._write_slowly_until = 0.0
 
     @classmethod
-    async def open(cls, path: str, *, node_name: str, read_only: bool) -> Self:
-        """Open an existing regular file or block device.
+    async def open(
+        cls, path: str, *, node_name: str, read_only: bool, lock_mode: LockMode = LockMode.USUAL
+    ) -> Self:
+        """Open an existing regular file or block device, and lock it against other processes.
 
-        Raises:   RequestError: no such file, not allowed, or something else than a file or block device.
+        Raises:   RequestError: no such file, not allowed, something else than a file or block device, or
+                  somebody else is using it.
         """
         opened: list[tuple[int, int]] = []  # filled by the thread, also when nobody waits for it any more
         try:
             await in_thread(lambda: opened.append(_open_blocking(path, read_only, path)))
+            [(fd, size)] = opened
+            node = cls(fd, path, size, node_name=node_name, read_only=read_only)
+            await node.lock(lock_mode)
         except BaseException:
             for fd, _ in opened:
                 os.close(fd)
             raise
-        [(fd, size)] = opened
-        return cls(fd, path, size, node_name=node_name, read_only=read_only)
+        return node
+
+    async def lock(self, mode: LockMode) -> None:
+        """Keep other processes out, and other nodes of this one, as far as `mode` says.
+
+        Raises:   RequestError: somebody else is using the file.
+        Fails to: the file is locked as before.
+        """
+        await in_thread(self.lock_blocking, mode)
+
+    def lock_blocking(self, mode: LockMode) -> None:
+        wanted = claim_for(mode, read_only=self.read_only)
+        change_claim(self._fd, self.filename, self._claim, wanted)
+        self._lock_mode, self._claim = mode, wanted
 
     def identity(self) -> tuple[int, int]:
-        """Device and inode: equal exactly for the same file."""
-        status = os.fstat(self._fd)
-        return status.st_dev, status.st_ino
+        """Equal exactly for the same file or device."""
+        return identity_of(os.fstat(self._fd))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -115,11 +136,35 @@ class FileNode(ProtocolNode):
     def _require_end_at(self, offset: int) -> None:
         """Zeroes follow the end of a file, but not where somebody else has cut it off."""
         if offset < self.size:
-            end = os.fstat(self._fd).st_size
-            raise StorageError(
-                f"Could not read '{self.filename}': it was cut short to {end} bytes while in use",
-                operation="read",
-            )
+            raise self._cut_short("read", os.fstat(self._fd).st_size)
+
+    def _cut_short(self, action: str, end: int) -> StorageError:
+        return StorageError(
+            f"Could not {action} '{self.filename}': it was cut short to {end} bytes while in use",
+            operation=action,
+        )
+
+    def require_unchanged_blocking(self) -> None:
+        status = os.fstat(self._fd)
+        self._require_length(status)
+        try:
+            is_same = identity_of(Path(self.filename).stat()) == identity_of(status)
+            what = "another file has taken its name"
+        except (FileNotFoundError, NotADirectoryError):
+            is_same, what = False, "it was removed"
+        except OSError:
+            return  # its folder cannot be looked at, for whatever reason
+        if not is_same:
+            raise StorageError(f"Could not write '{self.filename}': {what} while in use")
+
+    def _require_length(self, status: os.stat_result) -> None:
+        if stat.S_ISREG(status.st_mode) and status.st_size < self.size:
+            raise self._cut_short("write", status.st_size)
+
+    def _require_length_before(self, end: int) -> None:
+        """Writing past the end would fill up what was cut off, and nobody would notice any more."""
+        if end > self.size:
+            self._require_length(os.fstat(self._fd))
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         return await in_thread(self._map_blocking, offset, length)
@@ -156,8 +201,9 @@ class FileNode(ProtocolNode):
         if started < self._write_slowly_until:
             return False
         try:
+            self._require_length_before(offset + len(data))
             count = os.pwrite(self._fd, data, offset)
-        except OSError:
+        except (OSError, StorageError):
             return False  # the awaitable write meets the same error and reports it
         finished = time.monotonic()
         if finished - started > SLOW_WRITE_S:
@@ -172,6 +218,7 @@ class FileNode(ProtocolNode):
     def write_blocking(self, offset: int, data: Buffer) -> None:
         self._require_writable()
         view = memoryview(data)
+        self._require_length_before(offset + len(view))
         position = 0
         try:
             while position < len(view):
@@ -186,6 +233,7 @@ class FileNode(ProtocolNode):
         Needs:    for that, memory, offset and length are multiples of `DIRECT_ALIGNMENT`.
         """
         self._require_writable()
+        self._require_length_before(offset + len(data))
         if not self._write_direct(offset, data):
             super().write_cold_blocking(offset, data)
 
@@ -246,6 +294,7 @@ class FileNode(ProtocolNode):
 
     def sync_blocking(self) -> None:
         self._require_writable()
+        self.require_unchanged_blocking()
         self._sync_count += 1
         try:
             os.fdatasync(self._fd)
@@ -260,9 +309,11 @@ class FileNode(ProtocolNode):
 
     def truncate_blocking(self, size: int) -> None:
         self._require_writable()
+        before, self.size = self.size, min(self.size, size)  # never more than there is
         try:
             os.ftruncate(self._fd, size)
         except OSError as error:
+            self.size = before
             raise StorageError.from_os(error, "resize", self.filename) from error
         self.size = size
 
@@ -274,13 +325,25 @@ class FileNode(ProtocolNode):
     def _reopen_blocking(self, read_only: bool) -> None:
         """Open the same file again, wherever its name leads by now, and put it under the same descriptor.
 
-        A call that is reading meanwhile goes on with the file as it was opened before.
+        A call that is reading meanwhile goes on with the file as it was opened before. Locks belong to what
+        was opened: the old one becomes what the new one has to be, asking others, and goes only when the
+        new one has the same.
         """
         if self.failed is not None:
             raise self.failed
-        fd, self.size = _open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
-        os.dup2(fd, self._fd, inheritable=False)
+        if self._lock_mode is LockMode.FORCE_SHARE and not read_only:
+            raise RequestError("force-share=on can only be used with read-only images")
+        before, wanted = self._claim, claim_for(self._lock_mode, read_only=read_only)
+        with contextlib.ExitStack() as undo:
+            fd, size = _open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
+            undo.callback(os.close, fd)
+            change_claim(self._fd, self.filename, before, wanted)
+            undo.callback(change_claim, self._fd, self.filename, wanted, before)
+            hold(fd, self.filename, wanted)
+            os.dup2(fd, self._fd, inheritable=False)
+            undo.pop_all()
         os.close(fd)
+        self.size, self._claim = size, wanted
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
         self._direct_fd = _NOT_OPENED
@@ -294,6 +357,13 @@ class FileNode(ProtocolNode):
         if self._direct_fd >= 0:
             direct_fd, self._direct_fd = self._direct_fd, _NO_DIRECT
             await in_thread(os.close, direct_fd)
+
+
+def identity_of(status: os.stat_result) -> tuple[int, int]:
+    """What is equal exactly for the same file or device, by whichever name it was found."""
+    if stat.S_ISBLK(status.st_mode):
+        return -1, status.st_rdev
+    return status.st_dev, status.st_ino
 
 
 def _open_blocking(path: str, read_only: bool, name: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from blockd.aio import in_thread
 from blockd.errors import RequestError, StorageError
 from blockd.protocols.file import FileNode
+from blockd.protocols.image_lock import LockMode
 
 _MODE = 0o600
 
@@ -42,7 +43,9 @@ def _create_exclusively(path: str, created: list[FileNode]) -> None:
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else "the name has a NUL character in it"
         raise RequestError(f"Could not create '{path}': {reason}") from error
-    created.append(FileNode(fd, path, 0, node_name="#new", read_only=False))
+    node = FileNode(fd, path, 0, node_name="#new", read_only=False)
+    created.append(node)
+    node.lock_blocking(LockMode.USUAL)
 
 
 def sync_folder(path: str) -> None:

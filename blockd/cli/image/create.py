@@ -12,6 +12,7 @@ from blockd.drivers import FORMATS
 from blockd.drivers.opening import Format
 from blockd.errors import RequestError
 from blockd.protocols.file import FileNode
+from blockd.protocols.image_lock import LockMode
 from blockd.protocols.new_file import new_file
 
 # What may be given after -o as well as by options and arguments of its own, for every format.
@@ -91,7 +92,8 @@ async def create_image(filename: str, image: NewImage) -> int:
 
 async def _size_of(path: str, image_format: str) -> int:
     entry = format_entry(image_format)
-    file = await FileNode.open(path, node_name="file", read_only=True)
+    # It may well be in use: that is when overlays are made. Its size stays.
+    file = await FileNode.open(path, node_name="file", read_only=True, lock_mode=LockMode.FORCE_SHARE)
     try:
         image = await entry.open(file, "image", True)
         await image.close()

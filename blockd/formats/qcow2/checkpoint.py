@@ -38,6 +38,7 @@ def write_refcounts(file: ProtocolNode, refcounts: RefcountChanges) -> None:
 
 def write_checkpoint(file: ProtocolNode, refcounts: RefcountChanges, maps: MappingChanges) -> None:
     """Make all data written so far, and the metadata changes that belong to it, durable."""
+    file.require_unchanged_blocking()
     write_tables(file, refcounts.blocks, FileEvent.REFBLOCK_UPDATE)
     file.sync_blocking()
     if refcounts.table_entries or maps.new_tables:

@@ -1,0 +1,139 @@
+"""Locks on image files, the ones that QEMU takes: its programs and blockd keep out of each other's way.
+
+A lock is on bytes far inside the file, whatever they hold, and it need not be that long:
+
+    byte 100 + n   the holder uses the permission n
+    byte 200 + n   the holder does not share the permission n with anyone
+    n              0 consistent read, 1 write, 2 write unchanged, 3 resize
+
+All locks are read locks, so taking one never fails because of another. Whether two openers can be together
+is found out by asking: who uses n asks whether anybody has byte 200 + n, who does not share it asks for
+100 + n. Everybody locks first and asks then, so of two that come at the same moment at most one stays.
+
+They are locks of open file descriptions: they belong to what one `open` made, not to the process, and stay
+when another descriptor of the same file is closed.
+
+Source:   QEMU documentation, "Image locking"; fcntl(2), "Open file description locks".
+"""
+
+import errno
+import fcntl
+import os
+import struct
+from enum import Enum, IntFlag
+from typing import NamedTuple
+
+from blockd.errors import RequestError
+
+_USED_BYTE, _UNSHARED_BYTE = 100, 200
+# struct flock: type, whence, start, length, pid.
+_FLOCK = struct.Struct("@hhqqi4x")
+
+
+class Permission(IntFlag):
+    """What an opener of an image file may do with it; the names are QEMU's."""
+
+    CONSISTENT_READ = 1 << 0
+    WRITE = 1 << 1
+    WRITE_UNCHANGED = 1 << 2
+    RESIZE = 1 << 3
+
+    @property
+    def text(self) -> str:
+        """As QEMU's errors call it."""
+        return str(self.name).lower().replace("_", " ")
+
+
+class LockMode(Enum):
+    """How far an opener keeps others out."""
+
+    USUAL = "usual"  # a writer is alone, readers are among themselves
+    FORCE_SHARE = "force-share"  # a reader that takes what it gets, even while others write
+    OFF = "off"  # nobody is asked and nobody finds out: for filesystems without such locks
+
+
+class Claim(NamedTuple):
+    """What one opener uses, and what it does not share."""
+
+    used: Permission
+    unshared: Permission
+
+
+NO_CLAIM = Claim(Permission(0), Permission(0))
+_CHANGES = Permission.WRITE | Permission.RESIZE
+
+
+def claim_for(mode: LockMode, *, read_only: bool) -> Claim:
+    """What an opener claims; also a reader does not want the file to change under it."""
+    if mode is LockMode.OFF:
+        return NO_CLAIM
+    if mode is LockMode.FORCE_SHARE:
+        return Claim(Permission.CONSISTENT_READ, Permission(0))
+    used = Permission.CONSISTENT_READ if read_only else Permission.CONSISTENT_READ | _CHANGES
+    return Claim(used, _CHANGES)
+
+
+def change_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
+    """Hold `wanted` instead of `before`; in between both are held.
+
+    Raises:   RequestError: another opener is in the way, or the file cannot be locked.
+    Fails to: `before` is held.
+    """
+    try:
+        hold(fd, filename, wanted)
+        _ask(fd, filename, wanted)
+    except RequestError:
+        _let_go(fd, wanted, before)
+        raise
+    _let_go(fd, before, wanted)
+
+
+def hold(fd: int, filename: str, claim: Claim) -> None:
+    """Lock the bytes of a claim, without asking whether anybody else is in the way.
+
+    Raises:   RequestError: the file cannot be locked.
+    """
+    for byte in _bytes(claim):
+        try:
+            _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
+        except OSError as error:
+            in_use = error.errno in (errno.EAGAIN, errno.EACCES)
+            why = "" if in_use else f": {os.strerror(error.errno or errno.EIO)} (there is locking=off)"
+            raise RequestError(f"Could not open '{filename}': Failed to lock byte {byte}{why}") from error
+
+
+def _ask(fd: int, filename: str, claim: Claim) -> None:
+    # The word that people know first: "write", also where "resize" is in the way too.
+    for permission in claim.used | claim.unshared:
+        for kind, first_byte, is_asked in (
+            ("", _UNSHARED_BYTE, permission in claim.used),
+            ("shared ", _USED_BYTE, permission in claim.unshared),
+        ):
+            if is_asked and _is_locked_by_others(fd, first_byte + permission.bit_length() - 1):
+                raise RequestError(
+                    f"Could not open '{filename}': Failed to get {kind}\"{permission.text}\" lock. "
+                    f"Is another process using the image [{filename}]?"
+                )
+
+
+def _let_go(fd: int, held: Claim, kept: Claim) -> None:
+    for byte in sorted({*_bytes(held)} - {*_bytes(kept)}):
+        _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+
+
+def _bytes(claim: Claim) -> list[int]:
+    return [
+        first_byte + permission.bit_length() - 1
+        for first_byte, permissions in ((_USED_BYTE, claim.used), (_UNSHARED_BYTE, claim.unshared))
+        for permission in permissions
+    ]
+
+
+def _is_locked_by_others(fd: int, byte: int) -> bool:
+    """Whether a write lock, which nobody ever takes, would meet another one's lock."""
+    answer = _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte)
+    return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
+
+
+def _fcntl(fd: int, command: int, kind: int, byte: int) -> bytes:
+    return fcntl.fcntl(fd, command, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
