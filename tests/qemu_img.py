@@ -73,9 +73,9 @@ def assert_same(one: Path, one_format: str, other: Path, other_format: str) -> N
 
 
 def content(path: Path, image_format: str = "qcow2") -> bytes:
-    """All that a guest of QEMU would read from an image."""
+    """All that a guest of QEMU would read from an image, which may be in use."""
     raw = path.with_name(path.name + ".content")
-    qemu("qemu-img", "convert", "-t", "unsafe", "-f", image_format, "-O", "raw", path, raw)
+    qemu("qemu-img", "convert", "-U", "-t", "unsafe", "-f", image_format, "-O", "raw", path, raw)
     try:
         return raw.read_bytes()
     finally:

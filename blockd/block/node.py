@@ -160,7 +160,7 @@ class ProtocolNode(BlockNode, BlockingSource):
             raise self.failed
 
     def require_unchanged_blocking(self) -> None:
-        """Refuse to go on when somebody has removed, replaced or cut the file, or whatever it is.
+        """Refuse to go on when somebody has removed or cut off the file, or whatever it is.
 
         Raises:   StorageError: what is written would not be found again.
         """

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 import stat
 import sys
@@ -17,12 +18,15 @@ from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
+from blockd.block.image_paths import printable
 from blockd.block.node import Buffer, ProtocolNode
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError
 from blockd.extents import Extent, Kind
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
 from blockd.units import MIB
+
+log = logging.getLogger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -59,6 +63,7 @@ class FileNode(ProtocolNode):
     def __init__(self, fd: int, filename: str, size: int, *, node_name: str, read_only: bool) -> None:
         super().__init__(node_name, filename, size, read_only=read_only)
         self._fd = fd
+        self._is_moved = False
         self._lock_mode = LockMode.OFF
         self._claim = NO_CLAIM
         self._direct_fd = _NOT_OPENED
@@ -147,15 +152,19 @@ class FileNode(ProtocolNode):
     def require_unchanged_blocking(self) -> None:
         status = os.fstat(self._fd)
         self._require_length(status)
+        if not status.st_nlink:
+            raise StorageError(f"Could not write '{self.filename}': it was removed or replaced while in use")
+        if not self._is_moved and not self._has_its_name(status):
+            self._is_moved = True
+            log.warning("'%s' is not where it was opened any more; it stays in use", printable(self.filename))
+
+    def _has_its_name(self, status: os.stat_result) -> bool:
         try:
-            is_same = identity_of(Path(self.filename).stat()) == identity_of(status)
-            what = "another file has taken its name"
+            return identity_of(Path(self.filename).stat()) == identity_of(status)
         except (FileNotFoundError, NotADirectoryError):
-            is_same, what = False, "it was removed"
+            return False
         except OSError:
-            return  # its folder cannot be looked at, for whatever reason
-        if not is_same:
-            raise StorageError(f"Could not write '{self.filename}': {what} while in use")
+            return True  # its folder cannot be looked at, for whatever reason
 
     def _require_length(self, status: os.stat_result) -> None:
         if stat.S_ISREG(status.st_mode) and status.st_size < self.size:

@@ -181,7 +181,9 @@ REQUESTS = [
 async def test_same_requests_fail_as_in_qemu(
     disk: Path, start_daemon: StartDaemon, rules: dict[str, object]
 ) -> None:
-    file = {"driver": "blkdebug", "image": {"driver": "file", "filename": str(disk)}, **rules}
+    # Both have the disk open when the second one gets its requests.
+    image = {"driver": "file", "filename": str(disk), "locking": "off"}
+    file = {"driver": "blkdebug", "image": image, **rules}
     blockdev = json.dumps({"driver": "raw", "node-name": "r", "file": file})
     daemon = await start_daemon("--blockdev", blockdev, "--export", "nbd,id=e,node-name=r,name=x,writable=on")
     ours = _outcomes("-f", "raw", f"nbd+unix:///x?socket={daemon.nbd_path}")

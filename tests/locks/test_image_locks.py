@@ -2,7 +2,7 @@
 
 import os
 import subprocess
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -115,7 +115,7 @@ async def test_image_that_blockd_reads_can_be_read_by_another_program(image: Pat
 
 async def test_force_share_and_no_locking_keep_nobody_out(image: Path) -> None:
     for told in ({"force-share": True, "read_only": True}, {"locking": "off", "read_only": False}):
-        async with opened(image, **told):  # type: ignore[arg-type]
+        async with opened(image, **told):
             qemu_img.write(image, "write 0 64k", image_format=format_of(image))
 
 
@@ -193,7 +193,7 @@ class Stranger:
         for owner, name in ((image_lock, "_fcntl"), (os, "dup2"), (os, "close")):
             monkeypatch.setattr(owner, name, self._around(getattr(owner, name)))
 
-    def _around(self, step):  # type: ignore[no-untyped-def]
+    def _around(self, step: Callable[..., object]) -> Callable[..., object]:
         def stepped(*args: object, **kwargs: object) -> object:
             self._try()
             try:

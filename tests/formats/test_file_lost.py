@@ -1,0 +1,87 @@
+"""A file that somebody removes, replaces, moves or cuts off under its user: noticed before more is written."""
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from blockd.block.node import BlockNode
+from blockd.drivers import NodeGraph
+from blockd.errors import StorageError
+from blockd.units import KIB, MIB
+from tests import qemu_img
+
+IMAGE_FORMATS = ("qcow2", "raw")
+
+
+@pytest.fixture(params=IMAGE_FORMATS)
+def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / f"disk.{request.param}"
+    qemu_img.qemu("qemu-img", "create", "-q", "-f", request.param, path, "1M")
+    qemu_img.write(path, "write -P 1 0 512k", image_format=request.param)
+    return path
+
+
+async def opened(path: Path) -> tuple[NodeGraph, BlockNode]:
+    graph = NodeGraph()
+    return graph, await graph.open_image(str(path), path.suffix[1:], read_only=False)
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+def replace(path: Path) -> None:
+    other = path.with_name("other")
+    other.write_bytes(b"x" * MIB)
+    other.rename(path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+@pytest.mark.parametrize(
+    ("happen", "said"),
+    [(remove, "removed or replaced"), (replace, "removed or replaced"), (cut, "cut short to 1000 bytes")],
+)
+async def test_lost_file_is_noticed_before_anything_is_acknowledged(
+    path: Path, happen: Callable[[Path], None], said: str
+) -> None:
+    graph, image = await opened(path)
+    happen(path)
+    after = path.read_bytes() if path.exists() else None
+    await image.write(600 * KIB, b"new")
+    with pytest.raises(StorageError, match=f"{path.name}.*{said}"):
+        await image.flush()
+    with pytest.raises(StorageError, match=said):
+        await image.flush()
+    if happen is replace:
+        assert path.read_bytes() == after  # the other file is not touched
+    await graph.close()
+
+
+async def test_growing_does_not_cover_up_that_the_file_was_cut(path: Path) -> None:
+    graph, image = await opened(path)
+    await image.write(0, b"x" * 512)
+    os.truncate(path, 1000)
+    with pytest.raises(StorageError, match="cut short to 1000 bytes"):
+        await image.resize(4 * MIB)
+        for offset in range(2 * MIB, 4 * MIB, 64 * KIB):
+            await image.write(offset, b"y" * 64 * KIB)
+        await image.flush()
+    await graph.close()
+
+
+async def test_moved_file_stays_in_use_and_is_told_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    graph, image = await opened(path)
+    moved = path.rename(path.with_name("moved"))
+    with caplog.at_level(logging.WARNING):
+        for number in range(3):
+            await image.write(number * 512, b"y" * 512)
+            await image.flush()
+    assert caplog.text.count("is not where it was opened any more") == 1
+    await graph.close()
+    assert qemu_img.content(moved, path.suffix[1:])[:1536] == b"y" * 1536
