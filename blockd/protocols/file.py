@@ -282,6 +282,7 @@ class FileNode(ProtocolNode):
 
     def allocate_blocking(self, offset: int, length: int) -> None:
         self._require_writable()
+        self._require_length_before(offset + length)
         if _libc.fallocate(self._fd, 0, offset, length) == 0:
             self.size = max(self.size, offset + length)
             return
@@ -318,6 +319,7 @@ class FileNode(ProtocolNode):
 
     def truncate_blocking(self, size: int) -> None:
         self._require_writable()
+        self._require_length_before(size)
         before, self.size = self.size, min(self.size, size)  # never more than there is
         try:
             os.ftruncate(self._fd, size)

@@ -1,4 +1,4 @@
-"""A file that somebody removes, replaces, moves or cuts off under its user: noticed before more is written."""
+"""A file that is removed, replaced, moved or cut off under its user: noticed before more is written."""
 
 import logging
 import os
@@ -45,7 +45,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("happen", "said"),
-    [(remove, "removed or replaced"), (replace, "removed or replaced"), (cut, "cut short to 1000 bytes")],
+    [(remove, "removed or replaced"), (replace, "removed or replaced"), (cut, "cut short to")],
 )
 async def test_lost_file_is_noticed_before_anything_is_acknowledged(
     path: Path, happen: Callable[[Path], None], said: str
@@ -53,8 +53,8 @@ async def test_lost_file_is_noticed_before_anything_is_acknowledged(
     graph, image = await opened(path)
     happen(path)
     after = path.read_bytes() if path.exists() else None
-    await image.write(600 * KIB, b"new")
     with pytest.raises(StorageError, match=f"{path.name}.*{said}"):
+        await image.write(600 * KIB, b"new")  # may need a table that was cut off
         await image.flush()
     with pytest.raises(StorageError, match=said):
         await image.flush()
