@@ -13,6 +13,7 @@ import logging
 import os
 import stat
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Self
@@ -67,6 +68,7 @@ class FileNode(ProtocolNode):
         self._lock_mode = LockMode.OFF
         self._claim = NO_CLAIM
         self._direct_fd = _NOT_OPENED
+        self._growing = threading.Lock()
         self._sync_count = 0
         self._write_slowly_until = 0.0
 
@@ -127,20 +129,21 @@ class FileNode(ProtocolNode):
 
     def readinto_blocking(self, offset: int, buffer: memoryview) -> None:
         position = 0
+        size = self.size  # of before: another thread may make the file longer at any moment
         try:
             while position < len(buffer):
                 count = os.preadv(self._fd, [buffer[position:]], offset + position)
                 if not count:
-                    self._require_end_at(offset + position)
+                    self._require_end(offset + position, size)
                     buffer[position:] = zeroes(len(buffer) - position)
                     return
                 position += count
         except OSError as error:
             raise StorageError.from_os(error, "read", self.filename) from error
 
-    def _require_end_at(self, offset: int) -> None:
+    def _require_end(self, offset: int, size: int) -> None:
         """Zeroes follow the end of a file, but not where somebody else has cut it off."""
-        if offset < self.size:
+        if offset < size:
             raise self._cut_short("read", os.fstat(self._fd).st_size)
 
     def _cut_short(self, action: str, end: int) -> StorageError:
@@ -150,8 +153,7 @@ class FileNode(ProtocolNode):
         )
 
     def require_unchanged_blocking(self) -> None:
-        status = os.fstat(self._fd)
-        self._require_length(status)
+        status = self._require_length()
         if not status.st_nlink:
             raise StorageError(f"Could not write '{self.filename}': it was removed or replaced while in use")
         if not self._is_moved and not self._has_its_name(status):
@@ -166,14 +168,17 @@ class FileNode(ProtocolNode):
         except OSError:
             return True  # its folder cannot be looked at, for whatever reason
 
-    def _require_length(self, status: os.stat_result) -> None:
-        if stat.S_ISREG(status.st_mode) and status.st_size < self.size:
+    def _require_length(self) -> os.stat_result:
+        size = self.size  # of before: another thread may make the file longer at any moment
+        status = os.fstat(self._fd)
+        if stat.S_ISREG(status.st_mode) and status.st_size < size:
             raise self._cut_short("write", status.st_size)
+        return status
 
     def _require_length_before(self, end: int) -> None:
         """Writing past the end would fill up what was cut off, and nobody would notice any more."""
         if end > self.size:
-            self._require_length(os.fstat(self._fd))
+            self._require_length()
 
     async def map(self, offset: int, length: int) -> list[Extent]:
         return await in_thread(self._map_blocking, offset, length)
@@ -217,7 +222,7 @@ class FileNode(ProtocolNode):
         finished = time.monotonic()
         if finished - started > SLOW_WRITE_S:
             self._write_slowly_until = finished + SLOW_WRITE_PAUSE_FACTOR * (finished - started)
-        self.size = max(self.size, offset + count)
+        self._grew_to(offset + count)
         return count == len(data)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -234,7 +239,12 @@ class FileNode(ProtocolNode):
                 position += os.pwrite(self._fd, view[position:], offset + position)
         except OSError as error:
             raise StorageError.from_os(error, "write", self.filename) from error
-        self.size = max(self.size, offset + len(view))
+        self._grew_to(offset + len(view))
+
+    def _grew_to(self, end: int) -> None:
+        if end > self.size:
+            with self._growing:
+                self.size = max(self.size, end)
 
     def write_cold_blocking(self, offset: int, data: Buffer) -> None:
         """Write past the page cache where that can be: it costs less, and evicts nothing guests need.
@@ -257,7 +267,7 @@ class FileNode(ProtocolNode):
         except OSError:
             self._direct_fd = _NO_DIRECT if self._direct_fd == _NOT_OPENED else self._direct_fd
             return False  # a real error is met again by the usual write, and reported
-        self.size = max(self.size, offset + written)
+        self._grew_to(offset + written)
         return written == len(data)
 
     def start_writeback_blocking(self, offset: int, length: int) -> None:
@@ -284,7 +294,7 @@ class FileNode(ProtocolNode):
         self._require_writable()
         self._require_length_before(offset + length)
         if _libc.fallocate(self._fd, 0, offset, length) == 0:
-            self.size = max(self.size, offset + length)
+            self._grew_to(offset + length)
             return
         code = ctypes.get_errno()
         if code not in _NOT_FOR_THIS_FILE:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 from blockd.block.node import BlockNode
 from blockd.drivers import NodeGraph
 from blockd.errors import StorageError
+from blockd.protocols import file as file_module
+from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import qemu_img
 
@@ -73,6 +76,73 @@ async def test_growing_does_not_cover_up_that_the_file_was_cut(path: Path) -> No
             await image.write(offset, b"y" * 64 * KIB)
         await image.flush()
     await graph.close()
+
+
+@pytest.mark.parametrize("call", ["fstat", "preadv"])
+async def test_file_that_another_thread_makes_longer_was_not_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    (tmp_path / "file").touch()
+    file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
+    looked = getattr(os, call)
+
+    def overtaken(*args: object) -> object:
+        seen = looked(*args)
+        monkeypatch.undo()
+        file.write_blocking(0, b"x" * MIB)
+        return seen
+
+    monkeypatch.setattr(os, call, overtaken)
+    if call == "fstat":
+        await file.flush()
+    else:
+        assert bytes(await file.read(0, 512)) == bytes(512)
+    assert file.size == MIB
+    await file.close()
+
+
+class _NoticedLock:
+    """A lock that tells when somebody has to wait for it."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.met = threading.Event()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            self.met.set()
+            self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+
+async def test_threads_that_make_a_file_longer_agree_on_its_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
+    lock = _NoticedLock()
+    monkeypatch.setattr(file, "_growing", lock)
+
+    def write_more() -> None:
+        file.write_blocking(0, b"x" * MIB)
+        lock.met.set()
+
+    other = threading.Thread(target=write_more)
+
+    def overtaken(one: int, two: int) -> int:
+        monkeypatch.delattr(file_module, "max")
+        larger = max(one, two)
+        other.start()
+        lock.met.wait()  # the other thread is done, or waits until this one is
+        return larger
+
+    monkeypatch.setattr(file_module, "max", overtaken, raising=False)
+    await file.write(0, b"x" * 512)
+    other.join()
+    assert file.size == MIB
+    await file.close()
 
 
 async def test_moved_file_stays_in_use_and_is_told_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:
