@@ -1,4 +1,4 @@
-"""Which host clusters are in use: the refcount table and its blocks, 16 bits a cluster.
+"""Which host clusters are in use: the refcount table and its blocks.
 
 Allocating changes memory only; a checkpoint makes it durable before any map entry that relies on
 it. Freeing is the other way round: `free` takes what a map no longer names *in memory*, and the
@@ -8,6 +8,9 @@ cluster goes through these stations before it can be used again:
     dropped     the map on disk is durable without it: the refcount falls
     withheld    the fallen refcount is written; a read planned earlier may still be under way
     free        no such read is left: the space is punched and may be allocated
+
+A cluster may have several users: a snapshot too, or several compressed clusters. Each that lets go lowers
+the refcount by one; the last two stations are for the cluster whose refcount has come to 0.
 
 Source: qcow2 specification, "Host cluster management".
 """
@@ -20,13 +23,17 @@ from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
-from blockd.errors import ImageError
+from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import Header
-from blockd.formats.qcow2.mapping import TableWrite, unpack_entries
+from blockd.formats.qcow2.mapping import TableWrite
+from blockd.formats.qcow2.refcount_width import RefcountWidth
+from blockd.units import MIB
 
 _TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
-# Blocks of 64 KiB clusters cover 2 GiB of file each.
+# Blocks of 64 KiB clusters cover 2 GiB of file each, and with 16-bit refcounts take 64 KiB.
 BLOCK_CACHE_COUNT_MAX = 64
+BLOCK_CACHE_COUNT_MIN = 4
+BLOCK_CACHE_SIZE_MAX = 64 * MIB
 # Clusters waiting to become free; past this a checkpoint is due.
 UNMAPPED_COUNT_MAX = 1 << 16
 
@@ -38,10 +45,10 @@ class Run(NamedTuple):
     cluster_count: int
 
 
-class Freed(NamedTuple):
-    """A run on its way to be free; plans older than `epoch` may still name it."""
+class Leaving(NamedTuple):
+    """A cluster whose refcount has come to 0; plans of `epoch` and older may still name it."""
 
-    run: Run
+    host_offset: int
     epoch: int
 
 
@@ -68,13 +75,17 @@ class Allocator:
         self._changed_blocks: set[int] = set()
         self._writing_blocks: set[int] = set()
         self._changed_table: set[int] = set()
+        self._width = RefcountWidth(header.refcount_order)
+        self._one = self._width.repeated(1, 1)
         # Clusters one refcount block covers.
-        self.block_span = self.cluster_size * 8 // 16
+        self.block_span = self.cluster_size * 8 // self._width.bits
+        cached_count = BLOCK_CACHE_SIZE_MAX // (self.block_span * self._one.itemsize)
+        self._block_count_max = max(BLOCK_CACHE_COUNT_MIN, min(cached_count, BLOCK_CACHE_COUNT_MAX))
         self._next = 0  # no cluster below is free, as far as known
-        self._unmapped: list[Freed] = []
+        self._unmapped: list[Run] = []
         self._unmapped_count = 0
         self._withheld: set[int] = set()
-        self._leaving: list[Freed] = []
+        self._leaving: list[Leaving] = []
         self._epoch = 0
         self._plans: Counter[int] = Counter()
 
@@ -99,10 +110,18 @@ class Allocator:
         limit = min(found + cluster_count, self.block_span)
         while end < limit and not entries[end] and first + end not in self._withheld:
             end += 1
-        entries[found:end] = array("H", [1]) * (end - found)
+        run = Run((first + found) << self.cluster_bits, end - found)
+        self._require_no_metadata(run)
+        entries[found:end] = self._one * (end - found)
         self._changed_blocks.add(block_index)
         self._next = first + end
-        return Run((first + found) << self.cluster_bits, end - found)
+        return run
+
+    def _require_no_metadata(self, run: Run) -> None:
+        if not self._reserved.isdisjoint(self.host_offsets(run)):
+            raise Corruption(
+                self._file, f"metadata of the image at or behind {run.host_offset:#x} has a refcount of 0"
+            )
 
     def _find_free(self, entries: "array[int]", block_index: int, start: int) -> int | None:
         with contextlib.suppress(ValueError):
@@ -140,6 +159,7 @@ class Allocator:
                 break
             first = used[-1] + 1
         run = Run(first << self.cluster_bits, cluster_count)
+        self._require_no_metadata(run)
         self._set_refcounts(run, 1)
         return run
 
@@ -176,7 +196,7 @@ class Allocator:
 
     def _add_block(self, block_index: int) -> None:
         """Make a refcount block, kept in the first of the clusters that it describes itself."""
-        entries = array("H", bytes(self.cluster_size))
+        entries = self._width.repeated(0, self.block_span)
         entries[0] = 1
         self.table[block_index] = (block_index * self.block_span) << self.cluster_bits
         self._reserved.add(self.table[block_index])
@@ -193,21 +213,22 @@ class Allocator:
                 self._file.announce(FileEvent.REFBLOCK_LOAD)
                 data = await self._file.read(host_offset, self.cluster_size)
             # Another caller may have read it while this one waited; the first one counts.
-            entries = self._blocks.setdefault(block_index, unpack_entries(data, "H"))
+            entries = self._blocks.setdefault(block_index, self._width.unpack(data))
             self._evict_one(block_index)
         return entries
 
     def _checked_block_offset(self, block_index: int) -> int:
         host_offset = self.table[block_index] & _TABLE_OFFSET_MASK if block_index < len(self.table) else 0
         if not host_offset or host_offset % self.cluster_size or host_offset >= self._file.size:
-            raise ImageError(
-                f"'{self._file.filename}': refcount table entry {block_index} points to {host_offset:#x}, "
-                "which is not a refcount block inside the file"
+            raise Corruption(
+                self._file,
+                f"refcount table entry {block_index} points to {host_offset:#x}, "
+                "which is not a refcount block inside the file",
             )
         return host_offset
 
     def _evict_one(self, kept: int) -> None:
-        if len(self._blocks) > BLOCK_CACHE_COUNT_MAX:
+        if len(self._blocks) > self._block_count_max:
             needed = self._changed_blocks | self._writing_blocks | {kept}
             if (index := next((index for index in self._blocks if index not in needed), None)) is not None:
                 del self._blocks[index]
@@ -230,7 +251,7 @@ class Allocator:
 
     def free(self, run: Run) -> None:
         """Start the way of clusters to be free again; the map in memory no longer names them."""
-        self._unmapped.append(Freed(run, self._epoch))
+        self._unmapped.append(run)
         self._unmapped_count += run.cluster_count
         self._epoch += 1
 
@@ -238,46 +259,49 @@ class Allocator:
     def is_under_pressure(self) -> bool:
         """Whether so much waits for a checkpoint that one should come now."""
         return (
-            self._unmapped_count > UNMAPPED_COUNT_MAX or len(self._changed_blocks) * 2 > BLOCK_CACHE_COUNT_MAX
+            self._unmapped_count > UNMAPPED_COUNT_MAX or len(self._changed_blocks) * 2 > self._block_count_max
         )
 
-    def take_unmapped(self) -> list[Freed]:
+    def take_unmapped(self) -> list[Run]:
         """Hand out what was freed so far; the maps as they are now no longer name it."""
         taken, self._unmapped, self._unmapped_count = self._unmapped, [], 0
         return taken
 
-    def put_back_unmapped(self, freed: list[Freed]) -> None:
+    def put_back_unmapped(self, freed: list[Run]) -> None:
         """The checkpoint failed: the maps on disk may still name these."""
         self._unmapped += freed
-        self._unmapped_count += sum(entry.run.cluster_count for entry in freed)
+        self._unmapped_count += sum(run.cluster_count for run in freed)
 
-    async def drop(self, freed: list[Freed]) -> None:
+    async def drop(self, freed: list[Run]) -> None:
         """Lower the refcounts of clusters that the durable maps no longer name.
 
         Fails to: what is left in `freed` was not dropped.
         """
         while freed:
-            run, epoch = freed[-1]
-            await self._drop_cluster(run.host_offset >> self.cluster_bits, epoch)
+            run = freed[-1]
+            await self._drop_cluster(run.host_offset >> self.cluster_bits)
             if run.cluster_count == 1:
                 freed.pop()
             else:
-                freed[-1] = Freed(Run(run.host_offset + self.cluster_size, run.cluster_count - 1), epoch)
+                freed[-1] = Run(run.host_offset + self.cluster_size, run.cluster_count - 1)
 
-    async def _drop_cluster(self, cluster: int, epoch: int) -> None:
+    async def _drop_cluster(self, cluster: int) -> None:
         self._file.announce(FileEvent.CLUSTER_FREE)
+        host_offset = cluster << self.cluster_bits
         block_index, index = divmod(cluster, self.block_span)
         entries = await self._block(block_index)
         if not entries[index]:
-            raise ImageError(
-                f"'{self._file.filename}': the cluster at {cluster << self.cluster_bits:#x} was in use with "
-                "a refcount of 0; check the image"
+            raise Corruption(
+                self._file,
+                f"the cluster at {host_offset:#x} was in use with a refcount of 0; check the image",
             )
         entries[index] -= 1
         self._changed_blocks.add(block_index)
         if not entries[index]:
+            self._reserved.discard(host_offset)
             self._withheld.add(cluster)
-            self._leaving.append(Freed(Run(cluster << self.cluster_bits, 1), epoch))
+            # Of several users the last to let go decides, whichever is dropped last: any plan so far may.
+            self._leaving.append(Leaving(host_offset, self._epoch - 1))
 
     @property
     def has_leaving(self) -> bool:
@@ -290,7 +314,7 @@ class Allocator:
         Shape:    neighbours joined, in order.
         """
         oldest = min(self._plans, default=self._epoch)
-        ready = sorted(entry.run.host_offset for entry in self._leaving if entry.epoch < oldest)
+        ready = sorted(entry.host_offset for entry in self._leaving if entry.epoch < oldest)
         self._leaving = [entry for entry in self._leaving if entry.epoch >= oldest]
         runs: list[Run] = []
         for host_offset in ready:
@@ -312,7 +336,7 @@ class Allocator:
         """Hand out everything that the disk does not have, and count it as written."""
         blocks, table = sorted(self._changed_blocks), sorted(self._changed_table)
         changes = RefcountChanges(
-            [TableWrite(self.table[index], self._blocks[index][:]) for index in blocks],
+            [self._block_write(self.table[index], self._blocks[index][:]) for index in blocks],
             [TableWrite(self.table_offset + index * 8, self.table[index : index + 1]) for index in table],
             blocks,
             table,
@@ -321,6 +345,9 @@ class Allocator:
         self._changed_table.clear()
         self._writing_blocks.update(blocks)
         return changes
+
+    def _block_write(self, host_offset: int, entries: "array[int]") -> TableWrite:
+        return TableWrite(host_offset, entries, self._width.pack)
 
     def changes_written(self, changes: RefcountChanges) -> None:
         """The disk has these changes now."""
@@ -355,12 +382,18 @@ class Allocator:
             old=Run(self.table_offset, old_clusters),
             new=Run((first + block_count) << self.cluster_bits, new_clusters),
             entries=table,
-            blocks=self._initial_blocks(block_count, block_count + new_clusters),
+            blocks=[
+                self._block_write((first + number) << self.cluster_bits, entries)
+                for number, entries in enumerate(
+                    self._initial_blocks(block_count, block_count + new_clusters)
+                )
+            ],
             first_block_index=old_count,
         )
 
     def _initial_blocks(self, block_count: int, used: int) -> "list[array[int]]":
-        counts = array("H", [1] * used + [0] * (block_count * self.block_span - used))
+        counts = self._width.repeated(1, used)
+        counts += self._width.repeated(0, block_count * self.block_span - used)
         return [counts[start : start + self.block_span] for start in range(0, len(counts), self.block_span)]
 
     def use_larger_table(self, larger: "LargerTable") -> None:
@@ -370,8 +403,8 @@ class Allocator:
         self._reserved.update(larger.entries[larger.first_block_index :][: len(larger.blocks)])
         self.table.extend(larger.entries[len(self.table) :])
         self.table_offset = larger.new.host_offset
-        for number, entries in enumerate(larger.blocks):
-            self._blocks[larger.first_block_index + number] = entries
+        for number, block in enumerate(larger.blocks):
+            self._blocks[larger.first_block_index + number] = block.entries
         self.free(larger.old)
 
 
@@ -381,13 +414,9 @@ class LargerTable(NamedTuple):
     old: Run
     new: Run
     entries: "array[int]"
-    blocks: "list[array[int]]"
+    blocks: list[TableWrite]
     first_block_index: int
 
     def writes(self) -> list[TableWrite]:
         """All of it, for the disk."""
-        first = self.first_block_index
-        blocks = [
-            TableWrite(self.entries[first + number], entries) for number, entries in enumerate(self.blocks)
-        ]
-        return [*blocks, TableWrite(self.new.host_offset, self.entries)]
+        return [*self.blocks, TableWrite(self.new.host_offset, self.entries)]

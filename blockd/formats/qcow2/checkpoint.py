@@ -17,7 +17,7 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.formats.qcow2.allocator import RefcountChanges, Run
 from blockd.formats.qcow2.header import L1_FIELDS, REFCOUNT_TABLE_FIELDS
-from blockd.formats.qcow2.mapping import MappingChanges, TableWrite, pack_entries
+from blockd.formats.qcow2.mapping import MappingChanges, TableWrite
 from blockd.units import SECTOR_SIZE
 
 
@@ -25,7 +25,7 @@ def write_tables(file: ProtocolNode, writes: Iterable[TableWrite], event: FileEv
     """Write tables, in no order that a crash would keep."""
     for write in writes:
         file.announce(event)
-        file.write_blocking(write.host_offset, pack_entries(write.entries))
+        file.write_blocking(write.host_offset, write.pack(write.entries))
 
 
 def write_refcounts(file: ProtocolNode, refcounts: RefcountChanges) -> None:

@@ -48,6 +48,7 @@ AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 
 COMPRESSION_TYPES = ("zlib", "zstd")
+COMPRESSION_ZSTD = COMPRESSION_TYPES.index("zstd")
 
 EXTENSION_END = 0
 EXTENSION_BITMAPS = 0x23852875
@@ -198,6 +199,8 @@ def _with_version_3_fields(header: Header, data: bytes, name: str) -> Header:
         raise ImageError(
             f"'{name}': compression type {compression_type} contradicts the incompatible features"
         )
+    if compression_type > COMPRESSION_ZSTD:
+        raise ImageError(f"'{name}': compression type {compression_type} is not supported")
     return replace(
         header,
         incompatible=incompatible,

@@ -16,6 +16,7 @@ Source: qcow2 specification, "Cluster mapping".
 import asyncio
 import sys
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
@@ -58,22 +59,6 @@ class L2Table:
         self.changed_to = 0
 
 
-class TableWrite(NamedTuple):
-    """Bytes of a table for the disk; `order` is native, packing to big endian is left to the thread."""
-
-    host_offset: int
-    entries: "array[int]"
-
-
-class MappingChanges(NamedTuple):
-    """What a checkpoint has to write: new tables first, then old tables and the L1 entries."""
-
-    new_tables: list[TableWrite]
-    updates: list[TableWrite]
-    l1_entries: list[TableWrite]
-    taken: dict[int, tuple[int, int]]  # by L1 index: the range of entries, to put back on failure
-
-
 def pack_entries(entries: "array[int]") -> bytes:
     """Native table entries as big endian bytes."""
     if sys.byteorder == "big":
@@ -83,6 +68,14 @@ def pack_entries(entries: "array[int]") -> bytes:
     return swapped.tobytes()
 
 
+class TableWrite(NamedTuple):
+    """A part of a table for the disk; making bytes of it is left to the thread that writes it."""
+
+    host_offset: int
+    entries: "array[int]"
+    pack: Callable[["array[int]"], bytes] = pack_entries
+
+
 def unpack_entries(data: bytes | bytearray | memoryview, typecode: str = "Q") -> "array[int]":
     """Big endian table bytes as native entries."""
     entries = array(typecode)
@@ -90,6 +83,15 @@ def unpack_entries(data: bytes | bytearray | memoryview, typecode: str = "Q") ->
     if sys.byteorder == "little":
         entries.byteswap()
     return entries
+
+
+class MappingChanges(NamedTuple):
+    """What a checkpoint has to write: new tables first, then old tables and the L1 entries."""
+
+    new_tables: list[TableWrite]
+    updates: list[TableWrite]
+    l1_entries: list[TableWrite]
+    taken: dict[int, tuple[int, int]]  # by L1 index: the range of entries, to put back on failure
 
 
 class Mapping:

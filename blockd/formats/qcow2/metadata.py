@@ -12,7 +12,7 @@ from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError, RequestError, StorageError
 from blockd.formats.qcow2 import checkpoint
 from blockd.formats.qcow2 import header as headers
-from blockd.formats.qcow2.allocator import Allocator, Freed, Run
+from blockd.formats.qcow2.allocator import Allocator, Run
 from blockd.formats.qcow2.header import Header
 from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, TableWrite, unpack_entries
 from blockd.formats.qcow2.repair import repair_before_writing
@@ -126,7 +126,7 @@ class Metadata:
         if freed or self.allocator.has_leaving:
             await self._make_free(freed)
 
-    async def _make_free(self, freed: list[Freed]) -> None:
+    async def _make_free(self, freed: list[Run]) -> None:
         """Bring clusters that the durable maps no longer name back into use."""
         try:
             await self.allocator.drop(freed)
