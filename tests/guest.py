@@ -1,9 +1,10 @@
 """A guest that does random things to a disk and never believes what it reads."""
 
+import asyncio
 import random
 from typing import Protocol
 
-from blockd.block.node import Buffer
+from blockd.block.node import BlockNode, Buffer
 from blockd.block.root import Root
 from blockd.units import SECTOR_SIZE
 from tests.model import ModelDisk
@@ -124,3 +125,20 @@ class Guest:
         step = 1 << 20
         for offset in range(0, self.model.size, step):
             await self.read(offset, min(step, self.model.size - offset))
+
+
+async def churn(
+    node: BlockNode, model: ModelDisk, rng: random.Random, *, step_count: int, guest_count: int
+) -> None:
+    """Several guests at once do random things, then everything is compared."""
+    disk = RootDisk(Root(node))
+
+    async def live(seed: int) -> None:
+        guest = Guest(disk, model, random.Random(seed), cluster_size=node.cluster_size)
+        for _ in range(step_count // guest_count):
+            await guest.step()
+
+    async with asyncio.TaskGroup() as guests:
+        for _ in range(guest_count):
+            guests.create_task(live(rng.getrandbits(32)))
+    await Guest(disk, model, rng, cluster_size=node.cluster_size).read_all()

@@ -1,6 +1,5 @@
 """The qcow2 node against QEMU and against the model disk."""
 
-import asyncio
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,15 +7,12 @@ from pathlib import Path
 import pytest
 
 from blockd.block.chain import chain_map
-from blockd.block.root import Root
-from blockd.errors import ErrorKind, ImageError, RequestError
+from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Kind
-from blockd.formats.qcow2.image import Qcow2Image
-from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import chains, qemu_img
 from tests.chains import read_all
-from tests.guest import Guest, RootDisk
+from tests.guest import churn
 from tests.model import ModelDisk
 
 # Base first; see tests/model.py.
@@ -74,23 +70,6 @@ async def test_map_says_what_was_drawn(tmp_path: Path, layers: Sequence[str]) ->
             [extent] = await chain_map(image, index * chain.cluster_size, chain.cluster_size)
             content = chain.content[index * chain.cluster_size : (index + 1) * chain.cluster_size]
             assert (extent.kind is Kind.DATA) == any(content)
-
-
-async def churn(
-    image: Qcow2Image, model: ModelDisk, rng: random.Random, *, step_count: int, guest_count: int
-) -> None:
-    """Several guests at once do random things, then everything is compared."""
-    disk = RootDisk(Root(image))
-
-    async def live(seed: int) -> None:
-        guest = Guest(disk, model, random.Random(seed), cluster_size=image.cluster_size)
-        for _ in range(step_count // guest_count):
-            await guest.step()
-
-    async with asyncio.TaskGroup() as guests:
-        for _ in range(guest_count):
-            guests.create_task(live(rng.getrandbits(32)))
-    await Guest(disk, model, rng, cluster_size=image.cluster_size).read_all()
 
 
 @pytest.mark.parametrize("layers", [["AB-0-CD-"], ["ABCDEFGH", "-X0-Y---"], ["ABC", "-B-----D", "--C-0---"]])
@@ -178,27 +157,6 @@ async def test_freed_clusters_are_used_again(tmp_path: Path) -> None:
     assert chain.active.stat().st_size < 3 * 32 * 4 * KIB
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        ("preallocation=metadata",),
-        ("preallocation=falloc",),
-        ("lazy_refcounts=on",),
-        ("compat=1.1", "cluster_size=4k"),
-    ],
-    ids=str,
-)
-async def test_other_images_of_qemu_can_be_written(tmp_path: Path, options: tuple[str, ...]) -> None:
-    path = qemu_img.create(tmp_path / "i.qcow2", 4 * MIB, *options)
-    qemu_img.write(path, "write -P 1 1M 1M", "write -z 1500k 200k", "write -z -u 2M 256k")
-    model = ModelDisk(qemu_img.content(path))
-
-    chain = chains.Chain([path], ["qcow2"], 64 * KIB, bytes(model.content))
-    async with chains.opened(chain) as image:
-        await churn(image, model, random.Random(7), step_count=200, guest_count=2)
-    chains.assert_same_in_qemu(chain, bytes(model.content))
-
-
 async def test_bitmaps_of_qemu_are_marked_out_of_date_by_writing(tmp_path: Path) -> None:
     path = qemu_img.create(tmp_path / "i.qcow2", 4 * MIB)
     qemu_img.qemu("qemu-img", "bitmap", "--add", path, "tracks")
@@ -208,25 +166,6 @@ async def test_bitmaps_of_qemu_are_marked_out_of_date_by_writing(tmp_path: Path)
         await image.write(0, b"x" * 512)
     assert path.read_bytes()[88:96] == bytes(8)
     chains.assert_same_in_qemu(chain, b"x" * 512 + bytes(4 * MIB - 512))
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [(("compat=0.10",), "version 2"), (("refcount_bits=8",), "8-bit refcounts")],
-    ids=str,
-)
-async def test_what_cannot_be_written_yet_can_be_read(
-    tmp_path: Path, options: tuple[str, ...], said: str
-) -> None:
-    path = qemu_img.create(tmp_path / "i.qcow2", 4 * MIB, *options)
-    qemu_img.write(path, "write -P 1 1M 1M")
-
-    file = await FileNode.open(str(path), node_name="f", read_only=False)
-    with pytest.raises(ImageError, match=said):
-        await Qcow2Image.open(file, node_name="i", read_only=False)
-    image = await Qcow2Image.open(file, node_name="i", read_only=True)
-    assert await read_all(image) == qemu_img.content(path)
-    await file.close()
 
 
 async def test_read_only_image_refuses_every_change(tmp_path: Path) -> None:

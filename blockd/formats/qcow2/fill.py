@@ -9,6 +9,7 @@ copy never overwrites one.
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
 from blockd.formats.copying import Part, copy_parts, split_zeroes
@@ -45,11 +46,15 @@ async def fill(
     try:
         for start, end in await _empty_ranges(image, offset, length):
             for piece_start, piece_end, is_zero in split_zeroes(image, start, end, offset, source):
-                pieces += await _place(metadata, piece_start, piece_end, is_zero=is_zero)
+                can_be_zero = is_zero and metadata.knows_zero
+                pieces += await _place(metadata, piece_start, piece_end, is_zero=can_be_zero)
         image.file.announce(FileEvent.COR_WRITE)
         write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
         parts = [part for piece in pieces for part in _parts(piece, image.cluster_size, write)]
         zero_clusters = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
+        if zero_clusters and not metadata.knows_zero:
+            await in_thread(_write_zeroes, parts, zero_clusters, image.cluster_size)
+            zero_clusters = set()
     except BaseException:
         _give_back(metadata, pieces)
         raise
@@ -99,6 +104,15 @@ def _parts(piece: Piece, cluster_size: int, write: Callable[[int, memoryview], N
             piece.cluster_count * cluster_size,
             lambda position, data: write(host_offset + position, data),
         )
+
+
+def _write_zeroes(parts: list[Part], zero_clusters: set[int], cluster_size: int) -> None:
+    """Store what the map cannot say."""
+    cluster = memoryview(bytes(cluster_size))
+    for part in parts:
+        for position in range(0, part.length, cluster_size):
+            if part.offset + position in zero_clusters:
+                part.write(position, cluster)
 
 
 def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:

@@ -12,9 +12,10 @@ from typing import Self
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments, zeroes
-from blockd.errors import ErrorKind, ImageError, RequestError
+from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind, merged
 from blockd.formats.qcow2.compressed import CompressedCluster
+from blockd.formats.qcow2.corruption import Corruption, condemning
 from blockd.formats.qcow2.fill import fill
 from blockd.formats.qcow2.mapping import (
     COMPRESSED,
@@ -50,6 +51,8 @@ class Qcow2Image(OverlayNode):
         self.file = metadata.file
         self._use(metadata)
         self._is_closed = False
+        # What was found wrong while the image was writable: nothing is written after it.
+        self._corruption: Corruption | None = None
 
     def _use(self, metadata: Metadata) -> None:
         """Take over what was read from the file."""
@@ -106,22 +109,24 @@ class Qcow2Image(OverlayNode):
                 if following & mask != entry:
                     return _MIXED
         if first & OFFSET_MASK & self._cluster_mask and not first & COMPRESSED:
-            raise self._corrupt(offset, first)
+            return _MIXED  # `runs` says what is wrong with it
         return first
 
-    def _corrupt(self, offset: int, entry: int) -> ImageError:
-        return ImageError(
-            f"'{self.filename}': the cluster of guest offset {offset:#x} has the unaligned host offset "
-            f"{entry & OFFSET_MASK:#x}"
+    def _unaligned(self, offset: int, entry: int) -> Corruption:
+        return Corruption(
+            self.file,
+            f"the cluster of guest offset {offset:#x} has the unaligned host offset {entry & OFFSET_MASK:#x}",
         )
 
-    def _misplaced(self, offset: int, host_offset: int) -> ImageError:
+    def misplaced(self, offset: int, host_offset: int) -> Corruption:
+        """What to raise when the map puts a guest's data where none can be."""
         what = (
             "the image's own metadata" if host_offset in self._reserved else "nothing: the file ends before"
         )
-        return ImageError(
-            f"'{self.filename}': the map names {host_offset:#x} for the data of guest offset {offset:#x}, "
-            f"and there is {what}; check the image"
+        return Corruption(
+            self.file,
+            f"the map names {host_offset:#x} for the data of guest offset {offset:#x}, and there is {what}; "
+            "check the image",
         )
 
     def kind_nowait(self, offset: int, length: int) -> Kind | None:
@@ -149,7 +154,7 @@ class Qcow2Image(OverlayNode):
                 if first is not None:
                     yield start, cluster_offset - start, first
                 if entry & OFFSET_MASK & self._cluster_mask and not entry & COMPRESSED:
-                    raise self._corrupt(cluster_offset, entry)
+                    raise self._unaligned(cluster_offset, entry)
                 start, first, distance = max(offset, cluster_offset), entry, 0
             distance += self.cluster_size
         if first is not None:
@@ -187,10 +192,12 @@ class Qcow2Image(OverlayNode):
             return None
         return self.backing.read_nowait(offset, length)
 
+    @condemning
     async def read(self, offset: int, length: int) -> Buffer:
         with self.metadata.allocator.plan():
             return await read_segments(await self.plan_read(offset, length), length)
 
+    @condemning
     async def plan_read(self, offset: int, length: int) -> list[Segment]:
         segments: list[Segment] = []
         end = offset + length
@@ -207,7 +214,7 @@ class Qcow2Image(OverlayNode):
             return [Segment(length, self._compressed_cluster(entry), offset & self._cluster_mask)]
         if kind is Kind.DATA:
             if entry & OFFSET_MASK >= self.file.size:
-                raise self._misplaced(offset, entry & OFFSET_MASK)
+                raise self.misplaced(offset, entry & OFFSET_MASK)
             self.file.announce(FileEvent.READ_AIO)
             return [Segment(length, self.file, (entry & OFFSET_MASK) | offset & self._cluster_mask)]
         backing = self.backing
@@ -222,6 +229,7 @@ class Qcow2Image(OverlayNode):
         stored = compressed_extent(entry, self._cluster_bits)
         return CompressedCluster(self.file, *stored, self.metadata.header)
 
+    @condemning
     async def map(self, offset: int, length: int) -> list[Extent]:
         runs = await self.runs(offset, length)
         return list(merged(Extent(start, count, _kind(entry)) for start, count, entry in runs))
@@ -237,35 +245,44 @@ class Qcow2Image(OverlayNode):
         in_cluster = offset & self._cluster_mask
         for cluster in range(host_offset, host_offset + in_cluster + length, self.cluster_size):
             if cluster in self._reserved or cluster >= self.file.size:
-                raise self._misplaced(offset, cluster)
+                raise self.misplaced(offset, cluster)
         return host_offset | in_cluster
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
         length = len(data)
-        if self._writes.is_in_flight(offset, length) or self.read_only:
+        if self._writes.is_in_flight(offset, length) or self.read_only or self._corruption is not None:
             return False
-        host_offset = self.own_host_offset(offset, length)
-        if host_offset is None:
-            return self._writes.write_new_nowait(offset, data)
+        try:
+            host_offset = self.own_host_offset(offset, length)
+            if host_offset is None:
+                return self._writes.write_new_nowait(offset, data)
+        except Corruption:
+            return False  # `write` says so, and marks the image
         return self.file.write_nowait(host_offset, data)
 
+    @condemning
     async def write(self, offset: int, data: Buffer) -> None:
         self._require_writable()
         await self._writes.write(offset, memoryview(data))
 
+    @condemning
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._require_writable()
         await self._writes.write_zeroes(offset, length, unmap=unmap)
 
+    @condemning
     async def discard(self, offset: int, length: int) -> None:
         self._require_writable()
         await self._writes.discard(offset, length)
 
+    @condemning
     async def flush(self) -> None:
         if not self.read_only:
+            self._require_sound()
             self.file.announce(FileEvent.FLUSH_TO_OS)
             await self.metadata.flush()
 
+    @condemning
     async def fill(
         self,
         offset: int,
@@ -278,11 +295,13 @@ class Qcow2Image(OverlayNode):
         self._require_writable()
         return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
 
+    @condemning
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         self._require_writable()
         await self.metadata.change_backing(filename, backing_format)
         self.backing_filename, self.backing_format = filename, backing_format if filename else None
 
+    @condemning
     async def resize(self, size: int) -> None:
         self._require_writable()
         await grow(self, size)
@@ -292,16 +311,30 @@ class Qcow2Image(OverlayNode):
         if not read_only:
             # Read again: the image may be written only if it is as it should be now.
             self._use(await Metadata.load(self.file, read_only=False))
+            self._corruption = None
         self.read_only = read_only
 
     async def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            await self.flush()
+            if self._corruption is None:
+                await self.flush()
+
+    async def condemn(self, corruption: Corruption) -> None:
+        """Write nothing any more, and mark the image: its tables are wrong."""
+        if corruption.file is not self.file or self.read_only or self._corruption is not None:
+            return
+        self._corruption = corruption
+        await self.metadata.mark_corrupt()
+
+    def _require_sound(self) -> None:
+        if self._corruption is not None:
+            raise self._corruption
 
     def _require_writable(self) -> None:
         if self.read_only:
             raise RequestError(f"'{self.filename}' was opened read-only", kind=ErrorKind.READ_ONLY)
+        self._require_sound()
         if self.file.failed is not None:
             raise self.file.failed  # also what would only change the map: it could never reach the disk
 

@@ -2,10 +2,12 @@
 
 An L2 entry (u64, big endian on disk, native here):
 
-    bit 0       reads as zeroes (version 3), whatever the host offset says
+    bit 0       reads as zeroes, whatever the host offset says; version 2 does not know it
     bits 9-55   host offset of the cluster; 0: unallocated, the backing decides
     bit 62      compressed: the rest is a descriptor of its own
     bit 63      COPIED: the refcount is exactly one, so the cluster may be written in place
+
+A table that a snapshot shares (the L1 entry is not COPIED) is never written: a copy takes its place.
 
 Memory holds the newest mapping; the disk gets it by checkpoints (checkpoint.py), which ask for the
 changes with `take_changes`. A changed table stays in memory until it has been written.
@@ -21,8 +23,8 @@ from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
-from blockd.errors import ImageError
-from blockd.formats.qcow2.header import Header
+from blockd.formats.qcow2.corruption import Corruption
+from blockd.formats.qcow2.header import ZERO_VERSION, Header
 from blockd.units import MIB, SECTOR_SIZE
 
 ZERO = 1 << 0
@@ -48,13 +50,17 @@ def compressed_extent(entry: int, cluster_bits: int) -> tuple[int, int]:
 class L2Table:
     """One L2 table in memory, and which of its entries the disk does not have yet."""
 
-    __slots__ = ("changed_from", "changed_to", "entries", "host_offset", "is_linked")
+    __slots__ = ("changed_from", "changed_to", "entries", "host_offset", "is_linked", "linked_before")
 
-    def __init__(self, host_offset: int, entries: "array[int]", *, is_linked: bool) -> None:
+    def __init__(
+        self, host_offset: int, entries: "array[int]", *, is_linked: bool, linked_before: int = 0
+    ) -> None:
         self.host_offset = host_offset
         self.entries = entries
         # Whether the L1 entry on disk points here; until then the table is not reachable.
         self.is_linked = is_linked
+        # The L1 entry that the disk has until then.
+        self.linked_before = linked_before
         self.changed_from = len(entries)
         self.changed_to = 0
 
@@ -102,6 +108,7 @@ class Mapping:
         self._reserved = reserved
         self.cluster_bits = header.cluster_bits
         self.cluster_size = header.cluster_size
+        self._knows_zero = header.version >= ZERO_VERSION
         self.l1_offset = header.l1_offset
         self.l1 = l1
         self.tables: dict[int, L2Table] = {}
@@ -115,36 +122,48 @@ class Mapping:
     # -- looking up ---------------------------------------------------------------------------
 
     def table_nowait(self, l1_index: int) -> L2Table | None:
-        """The table if it is in memory, or its pages are in the page cache."""
+        """The table if it is in memory, or sound and its pages are in the page cache."""
         table = self.tables.get(l1_index)
         if table is None and (host_offset := self.l1[l1_index] & OFFSET_MASK):
-            self._check_table_offset(l1_index, host_offset)
+            if not self._is_place_of_table(host_offset):
+                return None
             data = self._file.read_nowait(host_offset, self.cluster_size)
-            if data is not None:
-                table = self._insert(l1_index, L2Table(host_offset, unpack_entries(data), is_linked=True))
+            if data is not None and self._is_table(entries := unpack_entries(data)):
+                table = self._insert(l1_index, L2Table(host_offset, entries, is_linked=True))
         return table
 
     async def table(self, l1_index: int) -> L2Table | None:
         """The table, read if need be; None when the L1 entry says that there is none.
 
+        Raises:   Corruption: the L1 entry or the table is wrong.
         Locks:    one table is read at a time, so that a slow reader never brings back old entries.
         """
-        if (table := self.table_nowait(l1_index)) is not None or not self.l1[l1_index]:
+        if (table := self.table_nowait(l1_index)) is not None or not self.l1[l1_index] & OFFSET_MASK:
             return table
         async with self._load_lock:
             if (table := self.tables.get(l1_index)) is not None:
                 return table
             host_offset = self.l1[l1_index] & OFFSET_MASK
+            if not self._is_place_of_table(host_offset):
+                raise Corruption(
+                    self._file,
+                    f"L1 entry {l1_index} points to {host_offset:#x}, which is not a table inside the file",
+                )
             self._file.announce(FileEvent.L2_LOAD)
-            data = await self._file.read(host_offset, self.cluster_size)
-            return self._insert(l1_index, L2Table(host_offset, unpack_entries(data), is_linked=True))
+            entries = unpack_entries(await self._file.read(host_offset, self.cluster_size))
+            if not self._is_table(entries):
+                raise Corruption(
+                    self._file,
+                    f"the L2 table at {host_offset:#x} has zero clusters, which version 2 cannot have",
+                )
+            return self._insert(l1_index, L2Table(host_offset, entries, is_linked=True))
 
-    def _check_table_offset(self, l1_index: int, host_offset: int) -> None:
-        if host_offset % self.cluster_size or host_offset + self.cluster_size > self._file.size:
-            raise ImageError(
-                f"'{self._file.filename}': L1 entry {l1_index} points to {host_offset:#x}, which is not a "
-                "table inside the file"
-            )
+    def _is_place_of_table(self, host_offset: int) -> bool:
+        return not host_offset % self.cluster_size and host_offset + self.cluster_size <= self._file.size
+
+    def _is_table(self, entries: "array[int]") -> bool:
+        """Whether all entries are of kinds that the image's version knows."""
+        return self._knows_zero or not any(entry & (ZERO | COMPRESSED) == ZERO for entry in entries)
 
     def _insert(self, l1_index: int, table: L2Table) -> L2Table:
         if len(self.tables) >= self._table_count_max:
@@ -162,11 +181,17 @@ class Mapping:
     # -- changing -----------------------------------------------------------------------------
 
     def add_table(self, l1_index: int, host_offset: int) -> L2Table:
-        """Put a new, empty table at a cluster that was allocated for it."""
-        entries = array("Q", bytes(self.cluster_size))
+        """Put a new table at a cluster that was allocated for it: empty, or a copy of the one it replaces.
+
+        Needs:    the table to replace is in memory.
+        """
+        before = self.l1[l1_index]
+        entries = (
+            self.tables[l1_index].entries if before & OFFSET_MASK else array("Q", bytes(self.cluster_size))
+        )
         self.l1[l1_index] = host_offset | COPIED
         self._reserved.add(host_offset)
-        table = L2Table(host_offset, entries, is_linked=False)
+        table = L2Table(host_offset, entries, is_linked=False, linked_before=before)
         table.changed_from, table.changed_to = 0, len(entries)
         self._changed.add(l1_index)
         return self._insert(l1_index, table)
@@ -205,8 +230,8 @@ class Mapping:
         """A copy of the L1 table as the disk has it: without tables that are not written yet."""
         l1 = self.l1[:]
         for l1_index in self._changed:
-            if not self.tables[l1_index].is_linked:
-                l1[l1_index] = 0
+            if not (table := self.tables[l1_index]).is_linked:
+                l1[l1_index] = table.linked_before
         return l1
 
     def changes_written(self, changes: MappingChanges) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import logging
 import struct
 from array import array
 from dataclasses import replace
@@ -10,12 +11,15 @@ from blockd.aio import Coalesced, in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError, RequestError, StorageError
-from blockd.formats.qcow2 import checkpoint
+from blockd.formats.qcow2 import checkpoint, snapshots
 from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2.allocator import Allocator, Run
 from blockd.formats.qcow2.header import Header
 from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, TableWrite, unpack_entries
 from blockd.formats.qcow2.repair import repair_before_writing
+from blockd.formats.qcow2.snapshots import NO_SNAPSHOTS, SnapshotTable
+
+log = logging.getLogger(__name__)
 
 
 class Metadata:
@@ -25,12 +29,18 @@ class Metadata:
     """
 
     def __init__(
-        self, file: ProtocolNode, header: Header, l1: "array[int]", refcount_table: "array[int]"
+        self,
+        file: ProtocolNode,
+        header: Header,
+        l1: "array[int]",
+        refcount_table: "array[int]",
+        snapshot_table: SnapshotTable,
     ) -> None:
         self.file = file
         self.header = header
+        self.snapshots = snapshot_table.snapshots
         # Host offsets of all clusters that hold metadata: no guest data is ever written there.
-        self.reserved = _metadata_clusters(header, l1, refcount_table)
+        self.reserved = _metadata_clusters(header, l1, refcount_table) | snapshot_table.clusters(header)
         self.mapping = Mapping(file, header, l1, self.reserved)
         self.allocator = Allocator(file, header, refcount_table, self.reserved)
         self.lock = asyncio.Lock()
@@ -54,12 +64,22 @@ class Metadata:
         file.announce(FileEvent.REFTABLE_LOAD)
         table_size = header.refcount_table_clusters * header.cluster_size
         refcounts = await _load_table(file, header.refcount_table_offset, table_size, "refcount table")
-        metadata = cls(file, header, l1, refcounts)
+        snapshot_table = NO_SNAPSHOTS if read_only else await snapshots.load(file, header)
+        metadata = cls(file, header, l1, refcounts, snapshot_table)
         if header.autoclear and not read_only:
             # Whoever set these bits relies on nobody else writing to the image.
             await in_thread(checkpoint.write_header_field, file, headers.AUTOCLEAR_FIELD, bytes(8))
             metadata.header = replace(header, autoclear=0)
         return metadata
+
+    @property
+    def knows_zero(self) -> bool:
+        """Whether the map can say that a cluster is zeroes."""
+        return self.header.version >= headers.ZERO_VERSION
+
+    def is_misplaced(self, host_offset: int) -> bool:
+        """Whether no guest data can be in the cluster at `host_offset`: metadata, or nothing at all."""
+        return host_offset in self.reserved or host_offset >= self.file.size
 
     # -- allocating ---------------------------------------------------------------------------
 
@@ -77,18 +97,20 @@ class Metadata:
         return run
 
     async def writable_table(self, l1_index: int) -> L2Table:
-        """The L2 table for an entry that is to be changed, made if there is none."""
-        table = await self.mapping.table(l1_index)
-        if table is None:
-            run = await self.allocate(1)
-            table = await self.mapping.table(l1_index)
-            if table is not None:
-                self.allocator.give_back(run)  # made by another writer meanwhile
-            else:
-                table = self.mapping.add_table(l1_index, run.host_offset)
-        if not self.mapping.l1[l1_index] & COPIED:
-            raise ImageError(f"'{self.file.filename}': the L2 table of L1 entry {l1_index} is shared")
-        return table
+        """The L2 table for an entry that is to be changed; made if there is none, or only a shared one."""
+        mapping = self.mapping
+        table = await mapping.table(l1_index)
+        if table is not None and mapping.l1[l1_index] & COPIED:
+            return table
+        run = await self.allocate(1)
+        table = await mapping.table(l1_index)
+        if table is not None and mapping.l1[l1_index] & COPIED:
+            self.allocator.give_back(run)  # made by another writer meanwhile
+            return table
+        if table is not None:
+            self.file.announce(FileEvent.L2_ALLOC_COW_READ)
+            self.allocator.free(Run(table.host_offset, 1))
+        return mapping.add_table(l1_index, run.host_offset)
 
     # -- checkpoints --------------------------------------------------------------------------
 
@@ -147,6 +169,20 @@ class Metadata:
 
     # -- changing the header ------------------------------------------------------------------
 
+    async def mark_corrupt(self) -> None:
+        """Record that the tables are wrong, durably; best effort: whoever found out says so in any case."""
+        if self.header.version < 3 or self.file.failed is not None:
+            return  # version 2 has no place for it
+        async with self.lock:
+            incompatible = self.header.incompatible | headers.INCOMPATIBLE_CORRUPT
+            field = struct.pack(">Q", incompatible)
+            try:
+                await in_thread(checkpoint.write_header_field, self.file, headers.INCOMPATIBLE_FIELD, field)
+            except StorageError as error:
+                log.warning("'%s' could not be marked corrupt: %s", self.file.filename, error.message)
+                return
+            self.header = replace(self.header, incompatible=incompatible)
+
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         """Make everything durable, then record another backing file, durably."""
         async with self.lock:
@@ -170,8 +206,12 @@ class Metadata:
     async def grow_l1(self, size: int) -> None:
         """Make the L1 table large enough for a disk of `size` bytes.
 
-        Raises:   RequestError: no L1 table can be that large.
+        Raises:   RequestError: no L1 table can be that large, or a snapshot does not say how large it is.
         """
+        if any(snapshot.disk_size is None for snapshot in self.snapshots):
+            raise RequestError(
+                f"Can't resize '{self.file.filename}': it has snapshots that do not record their size"
+            )
         entry_count = headers.l1_entry_count_for(size, self.header.cluster_bits)
         if entry_count * 8 > headers.L1_SIZE_MAX:
             raise RequestError(
@@ -253,16 +293,10 @@ async def _load_table(file: ProtocolNode, host_offset: int, length: int, what: s
 def _require_writable(header: Header, name: str) -> None:
     """Refuse to write to what this version could damage; reading it is fine."""
     reasons = (
-        (header.version < 3, "is a version 2 image; upgrade it with: qemu-img amend -o compat=1.1"),
         (
             header.incompatible & headers.INCOMPATIBLE_CORRUPT,
             "is marked corrupt; repair it with: blockctl image check --repair all",
         ),
-        (
-            header.refcount_order != 4,
-            f"has {1 << header.refcount_order}-bit refcounts; only 16-bit ones can be written",
-        ),
-        (header.snapshot_count, "has internal snapshots"),
     )
     for applies, reason in reasons:
         if applies:

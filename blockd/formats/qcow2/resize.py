@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from blockd.errors import RequestError
+from blockd.extents import Kind
 from blockd.units import SECTOR_SIZE, align_up
 
 if TYPE_CHECKING:
@@ -26,5 +27,15 @@ async def grow(image: "Qcow2Image", size: int) -> None:
         await image.write(old_size, bytes(cluster_end - old_size))
     if image.backing is not None and cluster_end < min(size, image.backing.size):
         await image.write_zeroes(cluster_end, min(size, image.backing.size) - cluster_end)
+    await _forget_data(image, cluster_end, size)
     await image.metadata.set_size(size)
     image.size = size
+
+
+async def _forget_data(image: "Qcow2Image", offset: int, end: int) -> None:
+    """Let nothing show that was stored there: others leave the map behind a disk's end as it is."""
+    while offset < end:
+        for extent in await image.map(offset, end - offset):
+            if extent.kind is Kind.DATA:
+                await image.write_zeroes(extent.offset, extent.length)
+            offset = extent.end

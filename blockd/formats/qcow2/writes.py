@@ -2,7 +2,10 @@
 
 A write to clusters that are the image's own goes in place. For all others new clusters are
 allocated, the parts of them that the guest did not write are filled up with the old content, and
-when all is written the new map entries are published at once. The old clusters are freed.
+when all is written the new map entries are published at once. The old clusters are freed; those that a
+snapshot shares live on. A zero cluster that has a place of its own in the file is written there.
+
+Version 2 has no zero clusters: there zeroes over a backing are data.
 """
 
 from collections.abc import Callable
@@ -12,7 +15,14 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import Buffer
 from blockd.block.segments import zeroes
 from blockd.formats.qcow2.allocator import Run
-from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO, compressed_extent
+from blockd.formats.qcow2.mapping import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    STATE_MASK,
+    ZERO,
+    compressed_extent,
+)
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.range_lock import RangeLock
 from blockd.units import MIB, align_down, align_up
@@ -37,6 +47,7 @@ class GuestWrites:
         self._mapping = metadata.mapping
         self._allocator = metadata.allocator
         self._cluster_size = metadata.header.cluster_size
+        self._knows_zero = metadata.knows_zero
         self.ranges = RangeLock()
 
     def is_in_flight(self, offset: int, length: int) -> bool:
@@ -120,14 +131,16 @@ class GuestWrites:
             cluster_count = self._foreign_count(start, end)
             if not cluster_count:
                 return 0
-            run = await self._metadata.allocate(cluster_count)
+            reserve = self._zero_run(start, cluster_count)
+            run = reserve or await self._metadata.allocate(cluster_count)
             data = data[: start + run.cluster_count * self._cluster_size - offset]
             try:
                 content = await self._with_edges(offset, data)
                 await self._write_in_place(run.host_offset, content)
                 await self._metadata.writable_table(start >> self._mapping.table_bits)
             except BaseException:
-                self._allocator.give_back(run)
+                if reserve is None:
+                    self._allocator.give_back(run)
                 raise
             first = run.host_offset | COPIED
             self._publish(start, [first + number * self._cluster_size for number in range(run.cluster_count)])
@@ -139,6 +152,21 @@ class GuestWrites:
             if self._image.own_host_offset(cluster_offset, 1) is not None:
                 return (cluster_offset - start) // self._cluster_size
         return (end - start) // self._cluster_size
+
+    def _zero_run(self, start: int, cluster_count: int) -> Run | None:
+        """The place of the zero clusters that begin at `start`, if they have one of their own."""
+        first = count = 0
+        for number in range(cluster_count):
+            offset = start + number * self._cluster_size
+            entry = self._image.entry_nowait(offset, 1, STATE_MASK | COPIED)
+            host_offset = entry & OFFSET_MASK
+            is_own = entry > 0 and entry & (COPIED | COMPRESSED | ZERO) == COPIED | ZERO and host_offset
+            if not is_own or (count and host_offset != first + number * self._cluster_size):
+                break
+            if self._metadata.is_misplaced(host_offset):
+                raise self._image.misplaced(offset, host_offset)
+            first, count = first or host_offset, count + 1
+        return Run(first, count) if count else None
 
     async def _with_edges(self, offset: int, data: memoryview) -> memoryview:
         """Fill `data` up to whole clusters with what the disk holds around it."""
@@ -162,13 +190,20 @@ class GuestWrites:
         """Put new map entries in place and free what the old ones named.
 
         Needs:    the range is held, inside one table, and that table is in memory.
+        Raises:   Corruption: they named metadata; nothing is changed.
         """
         l1_index = offset >> self._mapping.table_bits
         table = self._mapping.tables[l1_index]
         index = (offset >> self._mapping.cluster_bits) & self._mapping.index_mask
+        freed: list[Run] = []
         for old, new in zip(table.entries[index : index + len(entries)], entries, strict=True):
             if old & OFFSET_MASK and (old ^ new) & OFFSET_MASK:
-                self._allocator.free(stored_run(old, self._mapping.cluster_bits))
+                run = stored_run(old, self._mapping.cluster_bits)
+                if not self._metadata.reserved.isdisjoint(self._allocator.host_offsets(run)):
+                    raise self._image.misplaced(offset, run.host_offset)
+                freed.append(run)
+        for run in freed:
+            self._allocator.free(run)
         self._mapping.set_entries(l1_index, table, index, entries)
 
     # -- zeroes and discard -------------------------------------------------------------------
@@ -176,6 +211,9 @@ class GuestWrites:
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Turn whole clusters into zero clusters, and write zeroes to the parts at both ends."""
         end = offset + length
+        if not self._knows_zero and self._image.backing is not None:
+            await self._write_zero_data(offset, end)
+            return
         first = min(align_up(offset, self._cluster_size), end)
         last = max(self._cluster_end(end), first)
         await self._zero_part(offset, first)
@@ -183,7 +221,9 @@ class GuestWrites:
         await self._zero_part(last, end)
 
     async def discard(self, offset: int, length: int) -> None:
-        """Give back the whole clusters of the range."""
+        """Give back the whole clusters of the range; not where the backing would come to light."""
+        if not self._knows_zero and self._image.backing is not None:
+            return
         first = align_up(offset, self._cluster_size)
         await self._change_clusters(first, self._cluster_end(offset + length), self._unmapped_zero)
 
@@ -195,16 +235,22 @@ class GuestWrites:
         if start < end and not self._reads_as_zero(self._image.entry_nowait(start, end - start)):
             await self.write(start, memoryview(zeroes(end - start)))
 
+    async def _write_zero_data(self, start: int, end: int) -> None:
+        while start < end:
+            count = min(end - start, ALLOCATING_WRITE_LENGTH_MAX)
+            await self.write(start, memoryview(zeroes(count)))
+            start += count
+
     def _reads_as_zero(self, entry: int) -> bool:
         if entry == 0:
             return self._image.backing is None
         return entry > 0 and not entry & COMPRESSED and bool(entry & ZERO)
 
     def _unmapped_zero(self, entry: int) -> int:
-        return ZERO if entry or self._image.backing is not None else 0
+        return ZERO if self._knows_zero and (entry or self._image.backing is not None) else 0
 
     def _kept_zero(self, entry: int) -> int:
-        is_own = entry & (COPIED | COMPRESSED) == COPIED
+        is_own = self._knows_zero and entry & (COPIED | COMPRESSED) == COPIED
         return entry | ZERO if is_own else self._unmapped_zero(entry)
 
     async def _change_clusters(self, start: int, end: int, change: Callable[[int], int]) -> None:
