@@ -255,6 +255,12 @@ class OverlayNode(BlockNode):
     backing_filename: str | None
     backing_format: str | None
 
+    def require_streamable(self) -> None:
+        """Refuse a stream into this image if it would change more than where the disk's data is stored.
+
+        Raises:   RequestError: the image holds something else that needs its present backing.
+        """
+
     @abstractmethod
     def read_own_nowait(self, offset: int, length: int) -> Buffer | None:
         """Like `read_nowait`, but None as soon as any byte would come from the backing."""

@@ -131,6 +131,7 @@ class Streams:
         job: Job = EmptyStream(request, self._recording(active, request.backing_file))
         if len(layers) > 1:
             assert isinstance(active, OverlayNode), "only an overlay has layers below"
+            active.require_streamable()
             was_read_only = active.read_only
             async with self._devices.drained(active):
                 await self._devices.graph.set_read_only(active, False)

@@ -57,6 +57,19 @@ async def test_bare_node_in_order(tmp_path: Path) -> None:
     assert qemu_img.content(chain.active) == chain.content
 
 
+async def test_image_whose_snapshots_need_the_backing_is_not_streamed_into(tmp_path: Path) -> None:
+    chain = await make(tmp_path, LAYERS)
+    qemu_img.qemu("qemu-img", "snapshot", "-c", "s", chain.active)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await add_chain(client, chain)
+        _, text = await refusal(client, "block-stream", job_id="j", device="n3")
+        assert "internal snapshots, which need its backing file" in text
+        await stream(client, job_id="j", device="n2")
+        await finished(client)
+    assert qemu_img.content(chain.active) == chain.content
+
+
 async def test_refusals(tmp_path: Path) -> None:
     chain = await make(tmp_path, LAYERS)
     async with running(tmp_path) as daemon:

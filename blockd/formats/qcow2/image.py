@@ -295,6 +295,14 @@ class Qcow2Image(OverlayNode):
         self._require_writable()
         return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
 
+    def require_streamable(self) -> None:
+        if self.metadata.header.snapshot_count:
+            raise RequestError(
+                f"'{self.filename}' has internal snapshots, which need its backing file too: delete them, or "
+                "stream into an overlay of the image",
+                kind=ErrorKind.NOT_SUPPORTED,
+            )
+
     @condemning
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         self._require_writable()
