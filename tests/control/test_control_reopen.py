@@ -10,6 +10,7 @@ from blockd.block.node import BlockNode
 from blockd.devices.streams import StreamRequest
 from blockd.drivers import NodeGraph
 from blockd.errors import BlockdError, ImageError, RequestError
+from blockd.formats.qcow2.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_FIELD
 from blockd.protocols.file import FileNode
 from tests import qemu_img
 from tests.chains import Chain, make, read_all
@@ -73,10 +74,13 @@ async def test_the_same_file_whatever_its_name_is_now(single: Chain) -> None:
 
 
 async def test_image_that_must_not_be_written_stays_read_only(tmp_path: Path) -> None:
-    path = qemu_img.create(tmp_path / "old.qcow2", CLUSTER, "compat=0.10")
+    path = qemu_img.create(tmp_path / "corrupt.qcow2", CLUSTER)
+    with path.open("r+b") as file:
+        file.seek(INCOMPATIBLE_FIELD)
+        file.write(INCOMPATIBLE_CORRUPT.to_bytes(8, "big"))
     graph = NodeGraph()
     image = await graph.open_image(str(path), "qcow2", read_only=True)
-    with pytest.raises(ImageError, match="version 2 image"):
+    with pytest.raises(ImageError, match="is marked corrupt"):
         await graph.set_read_only(image, False)
     assert (image.read_only, can_write(image.children()["file"])) == (True, False)
     await graph.close()
