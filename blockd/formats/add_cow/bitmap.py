@@ -1,0 +1,168 @@
+"""Which clusters are in the image: one bit each, in pages of which some are in memory.
+
+    bit n    byte n / 8 behind the header, least significant first; 1: in the image, 0: in the backing
+
+A bit is only ever set: what was once written to the image stays there. Memory holds the newest bits;
+the disk gets them by checkpoints (checkpoint.py), and a page with bits that the disk does not have
+stays in memory until then.
+"""
+
+import asyncio
+from typing import NamedTuple
+
+from blockd.block.file_events import FileEvent
+from blockd.block.node import ProtocolNode
+from blockd.units import MIB
+
+PAGE_SIZE = 4096
+# One page covers 2 GiB of 64 KiB clusters, the cache 8 TiB.
+PAGE_CACHE_SIZE_MAX = 16 * MIB
+PAGE_COUNT_MAX = PAGE_CACHE_SIZE_MAX // PAGE_SIZE
+PAGE_BIT_COUNT = PAGE_SIZE * 8
+
+_PAGE_SHIFT = PAGE_BIT_COUNT.bit_length() - 1
+_BYTE_MASK = PAGE_SIZE - 1
+
+ABSENT, PRESENT = 0, 1
+# Some clusters of the range are present and some are not, or a page has to be read to know.
+MIXED = -1
+
+
+class PageWrite(NamedTuple):
+    """A page for the disk."""
+
+    number: int
+    host_offset: int
+    data: bytes
+
+
+class Bitmap:
+    """The bitmap in `file` from `host_offset` on. Ranges are given in clusters, ends exclusive."""
+
+    def __init__(self, file: ProtocolNode, host_offset: int) -> None:
+        self._file = file
+        self._host_offset = host_offset
+        self._pages: dict[int, bytearray] = {}
+        self._changed: set[int] = set()
+        # Pages that a checkpoint has taken and not yet written: as good as changed until then.
+        self._leaving: set[int] = set()
+        self._load_lock = asyncio.Lock()
+
+    # -- looking up ---------------------------------------------------------------------------
+
+    def state_nowait(self, first: int, end: int) -> int:
+        """PRESENT or ABSENT if all clusters of a range are, and that is known without waiting; else MIXED."""
+        page = self._pages.get(first >> _PAGE_SHIFT)
+        if page is None:
+            page = self._page_nowait(first >> _PAGE_SHIFT)
+            if page is None:
+                return MIXED
+        count = end - first
+        if count == 1:
+            return page[first >> 3 & _BYTE_MASK] >> (first & 7) & 1
+        if end - 1 >> _PAGE_SHIFT != first >> _PAGE_SHIFT:
+            return MIXED
+        low = first >> 3 & _BYTE_MASK
+        bits = int.from_bytes(page[low : low + (count + 14) // 8], "little") >> (first & 7)
+        mask = (1 << count) - 1
+        bits &= mask
+        return ABSENT if not bits else PRESENT if bits == mask else MIXED
+
+    async def run(self, first: int, end: int) -> tuple[int, int]:
+        """PRESENT or ABSENT, and up to where that holds from `first` on; at most to the end of a page."""
+        page = await self.page(first >> _PAGE_SHIFT)
+        end = min(end, page_end(first))
+        low = first >> 3 & _BYTE_MASK
+        high = (end - 1 >> 3 & _BYTE_MASK) + 1
+        bits = int.from_bytes(page[low:high], "little") >> (first & 7)
+        state = bits & 1
+        other = ~bits if state else bits
+        other &= (1 << (end - first)) - 1
+        return state, first + (other & -other).bit_length() - 1 if other else end
+
+    def _page_nowait(self, number: int) -> bytearray | None:
+        if self._load_lock.locked():
+            return None
+        data = self._file.read_nowait(self._host_offset + number * PAGE_SIZE, PAGE_SIZE)
+        return None if data is None else self._insert(number, bytearray(data))
+
+    async def page(self, number: int) -> bytearray:
+        """A page, read if need be.
+
+        Needs:    what is done with it is done before anything is waited for: it may be evicted otherwise.
+        Locks:    one page is read at a time, so that a slow reader never brings back old bits.
+        """
+        page = self._pages.get(number)
+        if page is not None:
+            return page
+        async with self._load_lock:
+            page = self._pages.get(number)
+            if page is None:
+                self._file.announce(FileEvent.L2_LOAD)
+                data = await self._file.read(self._host_offset + number * PAGE_SIZE, PAGE_SIZE)
+                page = self._insert(number, bytearray(data))
+            return page
+
+    def _insert(self, number: int, page: bytearray) -> bytearray:
+        if len(self._pages) >= PAGE_COUNT_MAX:
+            kept = self._changed | self._leaving if self._leaving else self._changed
+            oldest = next((loaded for loaded in self._pages if loaded not in kept), None)
+            if oldest is not None:
+                del self._pages[oldest]
+        self._pages[number] = page
+        return page
+
+    @property
+    def is_under_pressure(self) -> bool:
+        """Whether so many pages wait for a checkpoint that one should come now."""
+        return len(self._changed) * 2 > PAGE_COUNT_MAX
+
+    # -- changing -----------------------------------------------------------------------------
+
+    async def set(self, first: int, end: int) -> None:
+        """Say that clusters are in the image now.
+
+        Fails to: some of them may be, from the first on.
+        """
+        while first < end:
+            await self.page(first >> _PAGE_SHIFT)
+            piece_end = min(end, page_end(first))
+            self.set_nowait(first, piece_end)
+            first = piece_end
+
+    def set_nowait(self, first: int, end: int) -> None:
+        """Say that clusters of one page are in the image now.
+
+        Needs:    the page was looked up without waiting for anything since.
+        """
+        number = first >> _PAGE_SHIFT
+        page = self._pages[number]
+        low, high = first >> 3 & _BYTE_MASK, (end - 1 >> 3 & _BYTE_MASK) + 1
+        added = ((1 << end - first) - 1) << (first & 7)
+        bits = int.from_bytes(page[low:high], "little")
+        if bits | added != bits:
+            page[low:high] = (bits | added).to_bytes(high - low, "little")
+            self._changed.add(number)
+
+    def take_changes(self) -> list[PageWrite]:
+        """Hand out every page with bits that the disk does not have, and count them as written."""
+        numbers, self._changed = sorted(self._changed), set()
+        self._leaving.update(numbers)
+        return [
+            PageWrite(number, self._host_offset + number * PAGE_SIZE, bytes(self._pages[number]))
+            for number in numbers
+        ]
+
+    def changes_written(self, writes: list[PageWrite]) -> None:
+        """The disk has these pages now."""
+        self._leaving.difference_update(write.number for write in writes)
+
+    def changes_failed(self, writes: list[PageWrite]) -> None:
+        """The disk may or may not have these pages: they have to be written again."""
+        self.changes_written(writes)
+        self._changed.update(write.number for write in writes)
+
+
+def page_end(cluster: int) -> int:
+    """The first cluster whose bit is on the page behind that of `cluster`."""
+    return ((cluster >> _PAGE_SHIFT) + 1) << _PAGE_SHIFT
