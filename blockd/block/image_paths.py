@@ -73,23 +73,21 @@ class ImagePaths:
         copied._folders, copied._files = list(self._folders), set(self._files)
         return copied
 
-    def resolve(self, name: str, image: str) -> str:
-        """Find the path that `name`, recorded in the image file `image`, stands for.
+    def resolve(self, name: str, image: str, role: str = "backing file") -> str:
+        """Find the path that `name`, recorded in the image file `image` as its `role`, stands for.
 
         Raises:   RequestError: the name is none that an image may have.
         """
         if any(unicodedata.category(letter) == "Cc" for letter in name):
-            raise RequestError(
-                f"'{image}' has control characters in its backing file name '{printable(name)}'"
-            )
+            raise RequestError(f"'{image}' has control characters in its {role} name '{printable(name)}'")
         path = Path(image).parent / without_protocol(name)
         plain, target = Path(os.path.normpath(path.absolute())), _target(path)
         if any(found.is_relative_to(door) for found in (plain, target) for door in _FORBIDDEN):
-            raise RequestError(f"'{image}' names '{name}' as its backing file, which is no image file")
+            raise RequestError(f"'{image}' names '{name}' as its {role}, which is no image file")
         folders = (_target(Path(image).parent), *self._folders)
         if target not in self._files and not any(target.is_relative_to(folder) for folder in folders):
             raise RequestError(
-                f"'{image}' names '{name}' as its backing file, which is outside the folder of the image; "
+                f"'{image}' names '{name}' as its {role}, which is outside the folder of the image; "
                 f"allow it with --image-paths {target.parent}"
             )
         return str(path)

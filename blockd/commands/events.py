@@ -32,6 +32,8 @@ class BlockJobCompleted(BlockJobEnd):
     name: ClassVar[str] = "BLOCK_JOB_COMPLETED"
     error: str | None = None
     """What went wrong, for people; absent on success."""
+    image: str | None = None
+    """The plain image that holds everything now; its add-cow file is not needed any more."""
 
 
 class BlockJobCancelled(BlockJobEnd):
@@ -67,6 +69,8 @@ class BlockStreamCompleted(Event):
     offset: int
     error: str | None = None
     """What went wrong, for people; absent on success."""
+    image: str | None = None
+    """The plain image that holds everything now; its add-cow file is not needed any more."""
 
 
 class BlockSwitched(Event):
@@ -122,4 +126,5 @@ class JobEvents:
             self._bus.emit(BlockJobCancelled.model_validate({**end, "type": job.type}))
         else:
             error = job.error.message if job.error else None
-            self._bus.emit(BlockJobCompleted.model_validate({**end, "type": job.type, "error": error}))
+            result = {"type": job.type, "error": error, "image": job.plain_image}
+            self._bus.emit(BlockJobCompleted.model_validate({**end, **result}))

@@ -7,6 +7,7 @@ from pydantic import Field
 from blockd.block.chain import unfiltered
 from blockd.block.image_paths import beside
 from blockd.block.node import BlockNode, OverlayNode
+from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qed.image import QedImage
 from blockd.qmp.models import Members, Result
@@ -29,11 +30,19 @@ class Qcow2Data(Members):
     extended_l2: bool
 
 
+class AddCowData(Members):
+    """What only add-cow images have."""
+
+    image_file: str
+    all_allocated: bool
+    """Whether everything is in the image, so that bitmap and backing are not looked at."""
+
+
 class FormatSpecific(Members):
     """What only images of one format have."""
 
     type: str
-    data: Qcow2Data
+    data: Qcow2Data | AddCowData
 
 
 class ImageInfo(Members):
@@ -122,7 +131,7 @@ def _image_info(node: BlockNode) -> ImageInfo:
         filename=node.filename,
         format=node.driver,
         virtual_size=align_up(node.size, SECTOR_SIZE),
-        actual_size=_actual_size(node.filename),
+        actual_size=_actual_size(node),
         dirty_flag=_is_dirty(node),
         cluster_size=node.cluster_size if node.cluster_size > 1 else None,
         backing_filename=recorded,
@@ -139,6 +148,9 @@ def _is_dirty(node: BlockNode) -> bool:
 
 
 def _format_specific(node: BlockNode) -> FormatSpecific | None:
+    if isinstance(node, AddCowImage):
+        add_cow = AddCowData(image_file=node.image.filename, all_allocated=node.is_complete)
+        return FormatSpecific(type=node.driver, data=add_cow)
     if not isinstance(node, Qcow2Image):
         return None
     header = node.metadata.header
@@ -153,8 +165,10 @@ def _format_specific(node: BlockNode) -> FormatSpecific | None:
     return FormatSpecific(type="qcow2", data=data)
 
 
-def _actual_size(filename: str) -> int | None:
+def _actual_size(node: BlockNode) -> int | None:
+    """Of the file, and of the image beside it."""
+    filenames = [node.filename, *([node.image.filename] if isinstance(node, AddCowImage) else [])]
     try:
-        return Path(filename).stat().st_blocks * SECTOR_SIZE
+        return sum(Path(filename).stat().st_blocks for filename in filenames) * SECTOR_SIZE
     except OSError:
         return None

@@ -14,6 +14,7 @@ from blockd.devices.device import Device
 from blockd.devices.overlays import Switch
 from blockd.devices.streams import JobOptions, Stream, StreamRequest
 from blockd.errors import ErrorKind, RequestError
+from blockd.formats.add_cow.image import AddCowImage
 from blockd.jobs.job import IoStatus, Job, OnError
 from blockd.jobs.states import JobStatus
 from blockd.qmp.models import Arguments, NonNegative, Result
@@ -70,7 +71,9 @@ def stream_teller(services: Services, device: str) -> Callable[[Job], None]:
         if not job.is_cancelled:
             error = job.error.message if job.error else None
             services.events.emit(
-                BlockStreamCompleted(device=device, len=job.length, offset=job.offset, error=error)
+                BlockStreamCompleted(
+                    device=device, len=job.length, offset=job.offset, error=error, image=job.plain_image
+                )
             )
 
     return tell
@@ -124,6 +127,10 @@ class BlockStreamStatus(Result):
     """Bytes copied per second."""
     seconds_left: float | None = None
     """An estimate; absent while there is nothing to estimate from."""
+    image: str | None = None
+    """Of an add-cow image: the plain image that the data is in."""
+    all_allocated: bool | None = None
+    """Whether that holds everything, so that add-cow file and backing files are not needed any more."""
 
 
 @TABLE.command("query-block-stream", oob=True)
@@ -141,7 +148,7 @@ async def block_stream_status(
 
 
 def _status(device: Device, stream: Stream) -> BlockStreamStatus:
-    job, base = stream.job, stream.front.base
+    job, base, active = stream.job, stream.front.base, stream.front.active
     return BlockStreamStatus(
         device=device.name,
         type=job.type,
@@ -157,6 +164,8 @@ def _status(device: Device, stream: Stream) -> BlockStreamStatus:
         guest_written=job.guest_written,
         rate=int(job.rate),
         seconds_left=job.seconds_left,
+        image=active.image.filename if isinstance(active, AddCowImage) else None,
+        all_allocated=active.is_complete if isinstance(active, AddCowImage) else None,
     )
 
 

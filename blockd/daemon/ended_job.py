@@ -20,6 +20,7 @@ class EndedJob(Job):
         # What stays in the journal until the end is told.
         self.record = record
         self.was_cancelled = was_cancelled
+        self.plain_image = record.plain_image
         self._failure = failure
 
     async def run(self) -> None:

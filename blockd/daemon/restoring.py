@@ -20,6 +20,7 @@ from blockd.daemon.state import (
 from blockd.devices.streams import JobOptions, StreamRequest
 from blockd.drivers.opening import Restored
 from blockd.errors import BlockdError
+from blockd.formats.add_cow.image import AddCowImage
 from blockd.jobs.job import Job, JobGroup
 from blockd.qmp.server import QmpServer
 
@@ -46,6 +47,18 @@ async def restore(services: Services, state: State) -> None:
     # Layers that a stream had made superfluous when the run ended.
     await services.graph.close_unused()
     await _restore_jobs(services, state.jobs)
+    await _leave_add_cow_files(services)
+
+
+async def _leave_add_cow_files(services: Services) -> None:
+    """Go on with plain images where the last run ended before it could."""
+    async with services.devices.changing:
+        for device in services.devices.all:
+            overlay = device.node
+            if isinstance(overlay, AddCowImage) and overlay.is_complete:
+                async with services.devices.drained(overlay):
+                    services.devices.leave_add_cow(overlay)
+        await services.graph.close_unused()
 
 
 async def restore_monitors(qmp: QmpServer[Services], monitors: Iterable[MonitorRecord]) -> None:
@@ -121,7 +134,7 @@ async def _again(services: Services, record: JobRecord, *, is_cancelled: bool) -
         return EndedJob(record, failure=f"blockd ended while the job '{record.id}' was running")
     if record.length and _is_done(services, record.stream):
         log.info("job %s had done its work when the last run ended", record.id)
-        return EndedJob(record)
+        return EndedJob(_with_plain_image(services, record, record.stream))
     if is_cancelled:
         return EndedJob(record, was_cancelled=True)
     try:
@@ -129,6 +142,15 @@ async def _again(services: Services, record: JobRecord, *, is_cancelled: bool) -
     except BlockdError as error:
         log.error("job %s cannot go on: %s", record.id, error.message)
         return EndedJob(record, failure=error.message)
+
+
+def _with_plain_image(services: Services, record: JobRecord, stream: StreamRecord) -> JobRecord:
+    """The record of a job that has made a plain image complete, which takes the place of its add-cow file."""
+    active = services.graph[stream.node]
+    if not isinstance(active, AddCowImage) or not active.is_complete:
+        return record
+    left = stream.model_copy(update={"node": active.image.node_name})
+    return record.model_copy(update={"stream": left, "plain_image": active.image.filename})
 
 
 def _is_done(services: Services, stream: StreamRecord) -> bool:

@@ -9,7 +9,7 @@ import socket
 from collections.abc import Iterator
 
 from blockd.block.chain import chain
-from blockd.block.node import BlockNode, OverlayNode
+from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.commands.context import Services
 from blockd.config import InetAddress, UnixAddress
 from blockd.daemon.ended_job import EndedJob
@@ -49,7 +49,7 @@ class NodeRecords:
         """What is writable only because the stream runs."""
         if stream.was_read_only:
             yield stream.front.active
-            yield from (node for node in _files(stream.front.active) if not self._graph.is_added(node))
+            yield from self._graph.owned_parts(stream.front.active)
 
     def take(self) -> list[NodeRecord]:
         """All nodes, each after those below it."""
@@ -94,8 +94,13 @@ class NodeRecords:
             options.pop("bottom", None)
         for role, child in node.children().items():
             if role != "backing":
-                options["image" if "image" in told else role] = self.name(child)
+                options[self._option_of(node, role)] = self.name(child)
         return options
+
+    def _option_of(self, node: BlockNode, role: str) -> str:
+        """The option that tells the child in a role: filters of protocol nodes have another word for it."""
+        is_in_front = isinstance(node, ProtocolNode) and "image" in self._graph.options(node)
+        return "image" if is_in_front else role
 
     def _has_bottom(self, front: BlkStream) -> bool:
         bottom = self._graph.options(front).get("bottom")
@@ -108,12 +113,6 @@ class NodeRecords:
             backings = {stream.first_backing_file or "": self.name(overlay.backing)}
             backings.setdefault(stream.final_backing_file or "", self.name(stream.layers[-1].backing))
         return backings
-
-
-def _files(node: BlockNode) -> Iterator[BlockNode]:
-    below = node.children().get("file")
-    if below is not None:
-        yield below
 
 
 def throttle_group_records(services: Services) -> list[ThrottleGroupRecord]:
@@ -200,6 +199,7 @@ def _live(job: Job, group: int | None, request: StreamRequest | None, nodes: Nod
         is_paused=job.is_user_paused and job.io_status is IoStatus.OK,
         is_cancelled=job.is_cancelled,
         length=job.length,
+        plain_image=job.plain_image,
     )
 
 

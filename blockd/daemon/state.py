@@ -96,6 +96,8 @@ class JobRecord(Members):
     """Its end was told."""
     error: str | None = None
     """Of a concluded job that failed."""
+    plain_image: str | None = None
+    """The image that needs no add-cow file any more, of a job that has done its work."""
 
 
 class MonitorRecord(Members):

@@ -19,6 +19,7 @@ from blockd.drivers import NodeGraph
 from blockd.errors import ErrorKind, RequestError
 from blockd.filters.blkstream import BlkStream
 from blockd.filters.throttle import Throttle
+from blockd.formats.add_cow.image import AddCowImage
 
 
 class Device:
@@ -211,6 +212,20 @@ class Devices:
         for device in self._devices:
             if device.node is overlay:
                 self._put_on(device, old)
+
+    def leave_add_cow(self, overlay: AddCowImage) -> bool:
+        """Put the image of an add-cow file in its place, for all who use it; its node may be closed then.
+
+        A node that a client has added stays where it is, for that client speaks of it, and so does one that
+        has copy-on-read in front.
+
+        Needs:    `drained(overlay)`; everything is in the image; no filter of a job in front of `overlay`.
+        """
+        above = [parent for parent, _ in self.graph.parents(overlay)]
+        if self.graph.is_added(overlay) or any(isinstance(parent, BlkStream) for parent in above):
+            return False
+        self.take_overlay(overlay.image, overlay)
+        return True
 
     async def change_backing(self, image: OverlayNode, filename: str | None) -> None:
         """Record another name for the backing of an image, which may be read-only but for that.

@@ -16,7 +16,7 @@ from blockd.devices.changes import Change
 from blockd.devices.device import Devices
 from blockd.devices.streams import Streams
 from blockd.drivers import FORMATS
-from blockd.drivers.sharing import check_chain, file_of
+from blockd.drivers.sharing import check_chain, files_of
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.blkstream import BlkStream
 from blockd.protocols.new_file import new_file, sync_folder
@@ -55,8 +55,7 @@ class PutOverlay(Change):
     async def _make_durable(self, overlay: OverlayNode) -> None:
         """See that a power cut cannot take away the overlay itself, which may be a second old."""
         await overlay.flush()
-        file = file_of(overlay)
-        if file is not None:
+        for file in files_of(overlay):
             await in_thread(sync_folder, file.filename)
 
     def _require_replaceable(self, old: BlockNode) -> None:

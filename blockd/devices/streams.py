@@ -19,6 +19,7 @@ from blockd.devices.backing_names import name_for
 from blockd.devices.device import Device, Devices
 from blockd.errors import BlockdError, RequestError
 from blockd.filters.blkstream import BlkStream
+from blockd.formats.add_cow.image import AddCowImage
 from blockd.jobs.job import Job, OnError
 from blockd.jobs.manager import JobManager, is_well_formed
 from blockd.jobs.stream import StreamJob
@@ -97,7 +98,7 @@ class Streams:
         return iter(list(self._running.values()))
 
     def on(self, device: Device) -> Stream | None:
-        """The stream into a device's active image, if there is one."""
+        """The stream into a device's active image, or into what that was before the stream was done."""
         return self._running.get(device.active)
 
     async def start(self, request: StreamRequest) -> Job:
@@ -137,15 +138,13 @@ class Streams:
                 await self._devices.graph.set_read_only(active, False)
                 front = BlkStream(active, request.base, name)
                 job = self._put_in_front(front, request, layers, was_read_only)
-        job.on_done = partial(self._forget, active, request.on_done)
+        job.on_done = partial(self._forget, request.on_done)
         self.requests[job] = request
         return job
 
-    def _forget(self, active: BlockNode, on_done: Callable[[Job], None] | None, job: Job) -> None:
+    def _forget(self, on_done: Callable[[Job], None] | None, job: Job) -> None:
         """End the record of a stream, for who asks is told of it until its completion is."""
-        stream = self._running.get(active)
-        if stream is not None and stream.job is job:
-            del self._running[active]
+        self._running = {image: stream for image, stream in self._running.items() if stream.job is not job}
         if on_done is not None:
             on_done(job)
 
@@ -198,10 +197,24 @@ class Streams:
         job, active = stream.job, stream.front.active
         async with self._devices.changing:
             async with self._devices.drained(active):
-                if job.error is None and not job.is_cancelled:
+                has_succeeded = job.error is None and not job.is_cancelled
+                if has_succeeded:
                     active.backing = stream.layers[-1].backing
                 await self._remove_front(stream)
+                if has_succeeded:
+                    self._go_on_with_image(stream)
             await self._devices.graph.close_unused()
+
+    def _go_on_with_image(self, stream: Stream) -> None:
+        """When everything is in the image of an add-cow file, leave that out of the way from now on."""
+        job, active = stream.job, stream.front.active
+        if isinstance(active, AddCowImage) and active.is_complete:
+            job.plain_image = active.image.filename
+            if self._devices.leave_add_cow(active):
+                del self._running[active]
+                self._running[active.image] = stream
+                if self.requests[job].top is active:
+                    self.requests[job] = self.requests[job]._replace(top=active.image)
 
     async def _remove_front(self, stream: Stream) -> None:
         self._devices.take_from_front(stream.front.active)

@@ -17,14 +17,15 @@ from typing import TypeVar
 from blockd.aio import in_thread
 from blockd.block.chain import format_of, unfiltered
 from blockd.block.image_paths import ImagePaths, without_protocol
-from blockd.block.node import BlockNode, FilterNode, OverlayNode
+from blockd.block.node import BlockNode, FilterNode, OverlayNode, ProtocolNode
 from blockd.block.options import Options, check_options
 from blockd.drivers.opening import Opening, Restored
-from blockd.drivers.sharing import check_chain, check_single_writer, check_unshared, file_of
+from blockd.drivers.sharing import check_chain, check_single_writer, check_unshared, file_of, files_of
 from blockd.drivers.table import DRIVERS, FORMATS, copy_on_read
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
 from blockd.protocols.file import identity_of
+from blockd.protocols.image_lock import LockMode
 
 log = logging.getLogger(__name__)
 
@@ -153,6 +154,7 @@ class NodeGraph:
         read_only: bool,
         node_name: str | None = None,
         has_backing: bool = True,
+        lock_mode: LockMode = LockMode.USUAL,
     ) -> BlockNode:
         """Open an image with its recorded backing chain; `blkstream:` before the name adds copy-on-read.
 
@@ -171,9 +173,11 @@ class NodeGraph:
             await in_thread(self._paths.allow_file, path)
             name = opening.claim_name(node_name)
             image_name = name if plain == filename else opening.claim_name()
-            image = await opening.open_image(path, format_name, image_name, read_only=read_only)
+            image = await opening.open_image(
+                path, format_name, image_name, read_only=read_only, lock_mode=lock_mode
+            )
             if has_backing:
-                await opening.open_recorded_backing(image)
+                await opening.open_recorded_backing(image, lock_mode)
             return image if plain == filename else opening.add(copy_on_read(image, name))
 
         node = await self._join(work)
@@ -290,20 +294,27 @@ class NodeGraph:
                 self.refresh_filters(image)
 
     def _check_may_write(self, image: BlockNode) -> None:
-        below = image.children().get("file")
-        if below is not None:
+        for role, below in image.children().items():
+            if role == "backing":
+                continue
             if below.read_only and below.node_name in self._added:
                 raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
             check_single_writer(below, self._nodes.values(), image.node_name, read_only=False)
-        file = file_of(image)
-        if file is not None:
+        for file in files_of(image):
             check_unshared(file, self._nodes.values(), read_only=False)
 
+    def owned_parts(self, image: BlockNode) -> Iterator[BlockNode]:
+        """The nodes that hold what an image is made of, unless they were added as nodes of their own."""
+        for role, below in image.children().items():
+            if role != "backing" and below.node_name not in self._added:
+                yield below
+                if not isinstance(below, ProtocolNode):
+                    yield from self.owned_parts(below)
+
     async def _reopen(self, image: BlockNode, read_only: bool) -> None:
-        below = image.children().get("file")
-        nodes = [image]
-        if below is not None and below.node_name not in self._added and below.read_only != read_only:
-            nodes = [image, below] if read_only else [below, image]
+        nodes = [image, *(part for part in self.owned_parts(image) if part.read_only != read_only)]
+        if not read_only:
+            nodes.reverse()
         async with AsyncExitStack() as undo:
             for node in nodes:
                 await node.reopen(read_only=read_only)

@@ -18,10 +18,12 @@ from blockd.block.image_paths import ImagePaths, printable
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.block.options import Fields, Options
 from blockd.block.probe import PROBE_LENGTH, Signature, probe_format
-from blockd.drivers.sharing import CHAIN_DEPTH_MAX, check_chain, check_single_writer, check_unshared, file_of
+from blockd.drivers.sharing import CHAIN_DEPTH_MAX, check_chain, check_single_writer, check_unshared, files_of
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
+from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.check_report import CheckReport, Repair
+from blockd.formats.raw.image import RawImage
 from blockd.protocols.file import FileNode
 from blockd.protocols.image_lock import LockMode
 
@@ -187,7 +189,7 @@ class Opening:
             )
         if node.read_only and not (wanted.read_only or wanted.may_be_read_only):
             raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
-        check_single_writer(node, self._nodes(), wanted.node_name, read_only=wanted.read_only)
+        check_single_writer(node, self.nodes(), wanted.node_name, read_only=wanted.read_only)
         return node
 
     def _find(self, name: str) -> BlockNode:
@@ -230,13 +232,13 @@ class Opening:
         """Open a file, unless that would bring it into use twice; `above`: the chain it becomes part of."""
         file = await FileNode.open(path, node_name=node_name, read_only=read_only, lock_mode=LockMode.OFF)
         self.add(file)
-        for node in above:
-            if (other := file_of(node)) is not None and other.identity() == file.identity():
+        for other in (other for node in above for other in files_of(node)):
+            if other.identity() == file.identity():
                 raise RequestError(
-                    f"The backing chain is a loop: '{path}' is the same file as '{node.filename}' above it"
+                    f"The backing chain is a loop: '{path}' is the same file as '{other.filename}' above it"
                 )
         # Who is in the way is known by name when it is in this process; so it is locked only then.
-        check_unshared(file, self._nodes(), read_only=read_only)
+        check_unshared(file, self.nodes(), read_only=read_only)
         await file.lock(lock_mode)
         return file
 
@@ -260,7 +262,30 @@ class Opening:
             signatures = {name: entry.signature for name, entry in self._formats.items()}
             first_bytes = bytes(await file.read(0, PROBE_LENGTH))
             format_name = probe_format(path, first_bytes, signatures)
-        return self.add(await self._formats[format_name].open(file, node_name, read_only))
+        image = await self._formats[format_name].open(file, node_name, read_only)
+        if isinstance(image, AddCowImage):
+            await self.attach_recorded_image(image, lock_mode, above)
+        return self.add(image)
+
+    async def attach_recorded_image(
+        self, overlay: AddCowImage, lock_mode: LockMode, above: Sequence[BlockNode] = ()
+    ) -> None:
+        """Open the image that an add-cow file records, and attach it."""
+        try:
+            path = await in_thread(self.paths.resolve, overlay.image_filename, overlay.filename, "image file")
+            image = await self.open_image(
+                path,
+                RawImage.driver,
+                self.claim_name(),
+                read_only=overlay.read_only,
+                lock_mode=lock_mode,
+                above=[*above, overlay],
+            )
+        except BlockdError as error:
+            message = f"Could not open the image file of '{overlay.filename}': {error.message}"
+            raise RequestError(message, kind=error.kind) from error
+        assert isinstance(image, RawImage), "opened as such"
+        overlay.attach(image)
 
     async def open_recorded_backing(self, top: BlockNode, lock_mode: LockMode = LockMode.USUAL) -> None:
         """Open the backing files that `top` and the images below it record, read-only."""
@@ -288,5 +313,6 @@ class Opening:
             message = f"Could not open backing file of '{image.filename}': {error.message}"
             raise RequestError(message, kind=error.kind) from error
 
-    def _nodes(self) -> Iterator[BlockNode]:
+    def nodes(self) -> Iterator[BlockNode]:
+        """The nodes that exist and those that were opened so far."""
         return joined(self._present.values(), self.opened)

@@ -3,7 +3,7 @@
 Raises:   RequestError, from every check: who is in the way of whom; nothing was changed.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import chain as joined
 
 from blockd.block.chain import chain
@@ -20,6 +20,15 @@ def file_of(node: BlockNode) -> FileNode | None:
     while below is not None and not isinstance(below, FileNode):
         below = below.children().get("file")
     return below
+
+
+def files_of(node: BlockNode) -> Iterator[FileNode]:
+    """All files that hold bytes of `node`, those of its backing left out."""
+    if isinstance(node, FileNode):
+        yield node
+    for role, child in node.children().items():
+        if role != "backing":
+            yield from files_of(child)
 
 
 def check_unshared(file: FileNode, nodes: Iterable[BlockNode], *, read_only: bool) -> None:
@@ -59,11 +68,9 @@ def check_chain(top: BlockNode, below: BlockNode | None = None) -> None:
     for depth, node in enumerate(joined(chain(top), rest), 1):
         if depth > CHAIN_DEPTH_MAX:
             raise RequestError(f"The backing chain has more than {CHAIN_DEPTH_MAX} images")
-        file = file_of(node)
-        if file is None:
-            continue
-        first = files.setdefault(file.identity(), node.node_name)
-        if first != node.node_name:
-            raise RequestError(
-                f"'{file.filename}' is in the backing chain twice: '{first}', '{node.node_name}'"
-            )
+        for file in files_of(node):
+            first = files.setdefault(file.identity(), node.node_name)
+            if first != node.node_name:
+                raise RequestError(
+                    f"'{file.filename}' is in the backing chain twice: '{first}', '{node.node_name}'"
+                )

@@ -24,11 +24,20 @@ from blockd.block.options import (
     text,
 )
 from blockd.block.probe import Signature
+from blockd.drivers.add_cow import (
+    CREATE_OPTIONS,
+    check_add_cow,
+    create_add_cow,
+    info,
+    open_add_cow,
+    open_alone,
+)
 from blockd.drivers.faults import FAULTS, open_faults
 from blockd.drivers.opening import Driver, Format, Opening, Wanted
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.blkstream import BlkStream
 from blockd.filters.throttle import Throttle
+from blockd.formats.add_cow import header as add_cow_header
 from blockd.formats.qcow2 import header as qcow2_header
 from blockd.formats.qcow2.check import check as check_qcow2
 from blockd.formats.qcow2.create import create as create_qcow2
@@ -88,6 +97,7 @@ _QCOW2: Fields = {
     ),
 }
 _QED: Fields = {**_ON_A_FILE, **_optional(backing=node_or_none)}
+_ADD_COW: Fields = {**_ON_A_FILE, **_optional(image=node, backing=node_or_none)}
 _THROTTLE: Fields = {**_ON_A_FILE, "throttle-group": Field(text, is_required=True)}
 _COPY_ON_READ: Fields = {**_ON_A_FILE, **_optional(bottom=text)}
 
@@ -123,10 +133,19 @@ async def _open_overlay(
     wanted: Wanted,
     open_image: Callable[[ProtocolNode, str, bool], Awaitable[OverlayNode]],
 ) -> OverlayNode:
-    """Open an image in its file, and what it has below it: what it was told, or else what it records."""
+    """Open an image in its file, and what it has below it."""
     file = await opening.file(wanted)
     read_only = wanted.read_only or file.read_only
     image = opening.add(await open_image(file, wanted.node_name, read_only))
+    return await _on_its_backing(opening, wanted, image)
+
+
+async def _open_add_cow(opening: Opening, wanted: Wanted) -> BlockNode:
+    return await _on_its_backing(opening, wanted, await open_add_cow(opening, wanted))
+
+
+async def _on_its_backing(opening: Opening, wanted: Wanted, image: OverlayNode) -> OverlayNode:
+    """Open what stands below an image: what the options name, or else what the image records."""
     if "backing" not in wanted.options:
         await opening.open_recorded_backing(image, wanted.lock_mode)
     elif wanted.options["backing"] is not None:
@@ -177,6 +196,7 @@ DRIVERS: Mapping[str, Driver] = {
     "raw": Driver(_open_raw, _ON_A_FILE),
     "qcow2": Driver(_open_qcow2, _QCOW2),
     "qed": Driver(_open_qed, _QED),
+    "add-cow": Driver(_open_add_cow, _ADD_COW),
     "throttle": Driver(_open_throttle, _THROTTLE),
     "blkstream": Driver(_open_copy_on_read, _COPY_ON_READ),
     "copy-on-read": Driver(_open_copy_on_read, _COPY_ON_READ),
@@ -243,5 +263,14 @@ FORMATS: Mapping[str, Format] = {
         Signature(".raw", None),
         create_raw,
         create_options={"preallocation": Field(choice("off", "falloc", "full"))},
+    ),
+    "add-cow": Format(
+        open_alone,
+        Signature(".add-cow", add_cow_header.probe),
+        create_add_cow,
+        create_options=CREATE_OPTIONS,
+        has_backing=True,
+        check=check_add_cow,
+        info=info,
     ),
 }

@@ -149,6 +149,8 @@ class Job(ABC):
         self.on_done: Callable[[Job], None] | None = None
         # Restores the graph; called once after `commit`, or after whatever went wrong.
         self.clean: Callable[[], Awaitable[None]] | None = None
+        # The plain image that is the whole result: its add-cow file is not needed any more.
+        self.plain_image: str | None = None
         self.is_cancelled = False
         self.is_suspended = False
         self.is_user_paused = False

@@ -8,10 +8,9 @@ from blockd.block.image_paths import printable
 from blockd.block.options import Field, Fields, check_fields, text
 from blockd.block.options import size as check_size
 from blockd.cli.keyval import parse_keyval
-from blockd.drivers import FORMATS
+from blockd.drivers import FORMATS, NodeGraph
 from blockd.drivers.opening import Format
 from blockd.errors import RequestError
-from blockd.protocols.file import FileNode
 from blockd.protocols.image_lock import LockMode
 from blockd.protocols.new_file import new_file
 
@@ -91,12 +90,12 @@ async def create_image(filename: str, image: NewImage) -> int:
 
 
 async def _size_of(path: str, image_format: str) -> int:
-    entry = format_entry(image_format)
-    # It may well be in use: that is when overlays are made. Its size stays.
-    file = await FileNode.open(path, node_name="file", read_only=True, lock_mode=LockMode.FORCE_SHARE)
+    graph = NodeGraph()
     try:
-        image = await entry.open(file, "image", True)
-        await image.close()
+        # It may well be in use: that is when overlays are made. Its size stays.
+        image = await graph.open_image(
+            path, image_format, read_only=True, has_backing=False, lock_mode=LockMode.FORCE_SHARE
+        )
         return image.size
     finally:
-        await file.close()
+        await graph.close()

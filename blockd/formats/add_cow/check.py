@@ -8,7 +8,7 @@ there while a disk grows, and a disk that has grown needs them.
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
 from blockd.formats.add_cow import header as headers
-from blockd.formats.qcow2.check import CheckReport
+from blockd.formats.check_report import CheckReport
 from blockd.units import MIB
 
 _CHUNK = 1 * MIB

@@ -16,15 +16,14 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, ProtocolNode, Segment
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
 from blockd.formats.add_cow.bitmap import ABSENT
-from blockd.units import align_down, align_up
+from blockd.formats.copying import MEMORY_ALIGNMENT, split_zeroes
+from blockd.units import align_up
 
 if TYPE_CHECKING:
     from blockd.formats.add_cow.image import AddCowImage
 
 Write = Callable[[int, memoryview], None]
 
-# What writing past the page cache asks of memory.
-MEMORY_ALIGNMENT = 4096
 # Buffers that wait for the next fill: used memory is much faster than new memory.
 _BUFFER_COUNT_MAX = 4
 _buffers: list[bytearray] = []
@@ -117,7 +116,9 @@ async def _read(
 ) -> list[Run]:
     """Bring the source's data for the absent ranges into `buffer`, and tell where it is zero."""
     offset = buffer.offset
-    planned = [run for start, end in absent for run in _planned(overlay, start, end, offset, source)]
+    planned = [
+        Run(*run) for start, end in absent for run in split_zeroes(overlay, start, end, offset, source)
+    ]
     data: memoryview | None = None
     if not can_read_blocking(source):
         data = memoryview(await read_segments(source, len(buffer.view)))
@@ -129,27 +130,6 @@ async def _read(
             readinto_segments_blocking(clipped(source, start - offset, end - start), buffer.part(start, end))
 
     return await in_thread(_read_blocking, planned, read, buffer, overlay.cluster_size)
-
-
-def _planned(
-    overlay: "AddCowImage", start: int, end: int, source_offset: int, source: list[Segment]
-) -> Iterator[Run]:
-    """Split absent clusters by whether the source plan says that they are all zeroes."""
-    position = segment_start = start
-    for segment in clipped(source, start - source_offset, end - start):
-        segment_start, segment_end = segment_start + segment.length, segment_start + segment.length
-        if segment.source is not None:
-            continue
-        zero_start = align_up(segment_end - segment.length, overlay.cluster_size)
-        is_last = segment_end >= overlay.size
-        zero_end = end if is_last else align_down(segment_end, overlay.cluster_size)
-        if zero_start < zero_end:
-            if position < zero_start:
-                yield Run(position, zero_start, is_zero=False)
-            yield Run(zero_start, zero_end, is_zero=True)
-            position = zero_end
-    if position < end:
-        yield Run(position, end, is_zero=False)
 
 
 def _read_blocking(

@@ -40,6 +40,7 @@ class AddCowImage(OverlayNode):
         self.metadata: Metadata
         self.header: Header
         self._use(header)
+        self._is_attached = False
         self._is_closed = False
 
     @classmethod
@@ -57,6 +58,7 @@ class AddCowImage(OverlayNode):
         """
         self.metadata = Metadata.checked(self.file, self.header, image.file, image.size)
         self.image = image
+        self._is_attached = True
         self.size = image.size
         self._bitmap = self.metadata.bitmap
         self._writes = GuestWrites(self, self.metadata)
@@ -83,7 +85,9 @@ class AddCowImage(OverlayNode):
         return self.header.is_all_allocated
 
     def children(self) -> Mapping[str, BlockNode]:
-        below: dict[str, BlockNode] = {"file": self.file, "image": self.image}
+        below: dict[str, BlockNode] = {"file": self.file}
+        if self._is_attached:
+            below["image"] = self.image
         if self.backing is not None:
             below["backing"] = self.backing
         return below

@@ -1,0 +1,129 @@
+"""add-cow images as nodes: the add-cow file, and the image that it names beside itself.
+
+The image is a node of its own, of the driver `raw`: when everything is in it, the disk goes on there.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from blockd.aio import in_thread
+from blockd.block.image_paths import ImagePaths, without_protocol
+from blockd.block.node import BlockNode, ProtocolNode
+from blockd.block.options import Field, Fields, size, text
+from blockd.drivers.opening import Opening, Wanted
+from blockd.drivers.sharing import check_single_writer, files_of
+from blockd.errors import RequestError
+from blockd.formats.add_cow import check as checking
+from blockd.formats.add_cow.create import CLUSTER_SIZE_DEFAULT, create
+from blockd.formats.add_cow.image import AddCowImage, read_header
+from blockd.formats.check_report import CheckReport
+from blockd.formats.raw.create import create as create_raw
+from blockd.formats.raw.image import RawImage
+from blockd.protocols.file import FileNode
+from blockd.protocols.new_file import new_file
+
+CREATE_OPTIONS: Fields = {"image_file": Field(text), "cluster_size": Field(size)}
+
+
+async def open_add_cow(opening: Opening, wanted: Wanted) -> AddCowImage:
+    """Open an add-cow file and its image, not the backing."""
+    file = await opening.file(wanted)
+    read_only = wanted.read_only or file.read_only
+    overlay = await AddCowImage.open(file, node_name=wanted.node_name, read_only=read_only)
+    if "image" in wanted.options:
+        await _attach_given(opening, wanted, overlay)
+    else:
+        await opening.attach_recorded_image(overlay, wanted.lock_mode)
+    return opening.add(overlay)
+
+
+async def _attach_given(opening: Opening, wanted: Wanted, overlay: AddCowImage) -> None:
+    image = await opening.child(wanted, "image", read_only=overlay.read_only)
+    if not isinstance(image, RawImage):
+        raise RequestError(
+            f"The 'add-cow' driver needs a raw node as its image, and '{image.node_name}' is of driver "
+            f"'{image.driver}'"
+        )
+    check_single_writer(image, opening.nodes(), wanted.node_name, read_only=overlay.read_only)
+    if image.read_only and not overlay.read_only:
+        raise RequestError(f"The image '{image.node_name}' of '{wanted.node_name}' is read-only")
+    identities = [file.identity() for node in (overlay, image) for file in files_of(node)]
+    if len(identities) > len(set(identities)):
+        raise RequestError(f"'{overlay.filename}' cannot be the add-cow file of itself")
+    overlay.attach(image)
+
+
+# -- images by file name ------------------------------------------------------------------------
+
+
+async def open_alone(file: ProtocolNode, node_name: str, read_only: bool) -> BlockNode:
+    """Open the add-cow file; `Opening` attaches the image."""
+    return await AddCowImage.open(file, node_name=node_name, read_only=read_only)
+
+
+async def create_add_cow(
+    file: ProtocolNode,
+    size: int,
+    *,
+    image_file: str | None = None,
+    backing_filename: str | None = None,
+    backing_format: str | None = None,
+    cluster_size: int = CLUSTER_SIZE_DEFAULT,
+) -> None:
+    """Make an add-cow file, and its image unless there is one; a name counts from the folder of the file.
+
+    Without a name the image is made beside the file, with the extension ``.raw``.
+
+    Raises:   RequestError: the image is of another size, or something else cannot be.
+    Fails to: no image was made, and the file is no add-cow file.
+    """
+    name = (
+        Path(file.filename).with_suffix(".raw").name if image_file is None else without_protocol(image_file)
+    )
+    path = Path(file.filename).parent / name
+
+    async def make() -> None:
+        await create(
+            file,
+            size,
+            image_filename=name,
+            backing_filename=backing_filename,
+            backing_format=backing_format,
+            cluster_size=cluster_size,
+        )
+
+    if image_file is not None and await in_thread(path.exists):
+        await _check_size(str(path), size)
+        await make()
+        return
+    async with new_file(str(path)) as image:
+        await create_raw(image, size)
+        await make()
+
+
+async def _check_size(path: str, wanted: int) -> None:
+    found = await _size_of(path)
+    if found != wanted:
+        raise RequestError(f"The image '{path}' has {found} bytes, and the disk is to have {wanted}")
+
+
+async def _size_of(path: str) -> int:
+    file = await FileNode.open(path, node_name="#image", read_only=True)
+    try:
+        return (await RawImage.open(file, node_name="#raw", read_only=True)).size
+    finally:
+        await file.close()
+
+
+async def check_add_cow(file: ProtocolNode) -> CheckReport:
+    """Check an add-cow file against the image that it names."""
+    header = await read_header(file)
+    path = await in_thread(ImagePaths().resolve, header.image.text, file.filename, "image file")
+    return await checking.check(file, await _size_of(path))
+
+
+def info(node: BlockNode) -> Mapping[str, object]:
+    """What only add-cow images have, as a member of QEMU's ImageInfo."""
+    assert isinstance(node, AddCowImage), "of this format"
+    data = {"image-file": node.image.filename, "all-allocated": node.is_complete}
+    return {"format-specific": {"type": node.driver, "data": data}}

@@ -1,0 +1,110 @@
+"""Live block copy from a raw disk to a raw disk: add-cow is there only while it is needed."""
+
+from pathlib import Path
+
+from blockd.drivers import FORMATS
+from blockd.formats.add_cow.image import AddCowImage
+from blockd.formats.raw.image import RawImage
+from blockd.protocols.new_file import new_file
+from tests.control.running import running
+from tests.model import drawn
+from tests.qmp_client import QmpClient
+
+CLUSTER = 65536
+DRAWING = "AB0-CD00-0AB----"
+SIZE = len(DRAWING) * CLUSTER
+
+
+def sparse_raw(path: Path, drawing: str = DRAWING) -> bytes:
+    """A raw file with holes where nothing is drawn."""
+    content = drawn([drawing], CLUSTER)
+    with path.open("wb") as file:
+        file.truncate(len(content))
+        for index, kind in enumerate(drawing):
+            if kind not in "-0":
+                file.seek(index * CLUSTER)
+                file.write(content[index * CLUSTER : (index + 1) * CLUSTER])
+    return content
+
+
+def data_size(path: Path) -> int:
+    return path.stat().st_blocks * 512
+
+
+async def make_target(folder: Path, backing: Path, *, size: int = SIZE, name: str = "b") -> Path:
+    """A sparse raw file and its add-cow file over `backing`, a raw one."""
+    path = folder / f"{name}.add-cow"
+    async with new_file(str(path)) as file:
+        await FORMATS["add-cow"].create(file, size, backing_filename=backing.name, backing_format="raw")
+    return path
+
+
+async def switched(client: QmpClient, path: Path) -> None:
+    await client.command("block_switch", device="vda", filename=str(path), format="add-cow")
+
+
+async def test_live_copy_from_raw_to_raw(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "b.raw"
+    expected = bytearray(sparse_raw(source))
+    add_cow = await make_target(tmp_path, source)
+    async with running(tmp_path, "--device", f"vda={source}") as daemon:
+        client, guest = await daemon.qmp(), await daemon.guest("vda")
+        await guest.write(5, b"before")
+        expected[5:11] = b"before"
+        await switched(client, add_cow)
+        assert (await client.event("BLOCK_SWITCHED"))["filename"] == str(add_cow)
+        old = source.read_bytes()
+        await guest.write(CLUSTER + 7, b"behind")
+        expected[CLUSTER + 7 : CLUSTER + 13] = b"behind"
+        assert bytes(await guest.read(0, SIZE)) == expected
+        await client.command("block_stream", device="vda")
+        completed = await client.event("BLOCK_STREAM_COMPLETED")
+        assert completed == {"device": "vda", "len": SIZE, "offset": SIZE, "image": str(target)}
+        device = daemon.services.devices.get("vda")
+        assert isinstance(device.node, RawImage)
+        assert {node.filename for node in daemon.services.graph.nodes.values()} == {str(target)}
+        await guest.write(3 * CLUSTER, b"afterwards")
+        expected[3 * CLUSTER : 3 * CLUSTER + 10] = b"afterwards"
+        assert bytes(await guest.read(0, SIZE)) == expected
+    assert target.read_bytes() == bytes(expected)
+    assert source.read_bytes() == old
+    assert data_size(target) <= data_size(source) + CLUSTER
+
+
+async def test_what_add_cow_file_says_when_all_is_in_the_image(tmp_path: Path) -> None:
+    source = tmp_path / "a.raw"
+    expected = sparse_raw(source)
+    add_cow = await make_target(tmp_path, source)
+    async with running(tmp_path, "--device", f"vda={source}") as daemon:
+        client = await daemon.qmp()
+        await switched(client, add_cow)
+        await client.command("block_stream", device="vda")
+        await client.event("BLOCK_STREAM_COMPLETED")
+    source.unlink()
+    async with running(tmp_path, "--device", f"vda={add_cow}") as daemon:
+        active = daemon.services.devices.get("vda").active
+        assert isinstance(active, AddCowImage)
+        assert active.is_complete
+        guest = await daemon.guest("vda")
+        assert bytes(await guest.read(0, SIZE)) == expected
+        await guest.write(3 * CLUSTER, b"more")
+    assert (tmp_path / "b.raw").read_bytes()[3 * CLUSTER :][:4] == b"more"
+
+
+async def test_status_while_copying(tmp_path: Path) -> None:
+    source, target = tmp_path / "a.raw", tmp_path / "b.raw"
+    sparse_raw(source)
+    add_cow = await make_target(tmp_path, source)
+    async with running(tmp_path, "--device", f"vda={source}") as daemon:
+        client = await daemon.qmp()
+        await switched(client, add_cow)
+        await client.command("block_stream", device="vda", speed=1)
+        [status] = await client.command("block_stream_status", device="vda")
+        assert (status["image"], status["all-allocated"]) == (str(target), False)
+        await client.command("block_stream_cancel", device="vda")
+        [node] = [
+            node for node in await client.command("query-named-block-nodes") if node["drv"] == "add-cow"
+        ]
+        specific = node["image"]["format-specific"]
+        assert specific["data"] == {"image-file": str(target), "all-allocated": False}
+        assert node["image"]["backing-filename"] == "a.raw"
