@@ -3,6 +3,7 @@
 The image is a node of its own, of the driver `raw`: when everything is in it, the disk goes on there.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -92,7 +93,7 @@ async def create_add_cow(
             cluster_size=cluster_size,
         )
 
-    if image_file is not None and await in_thread(path.exists):
+    if image_file is not None and await in_thread(os.path.exists, path):
         await _check_size(str(path), size)
         await make()
         return
