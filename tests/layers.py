@@ -76,7 +76,7 @@ async def make_layers(folder: Path, layers: Sequence[Layer], rng: random.Random)
         await create_image(str(path), image)
         content = bytearray((contents[-1] if contents else b"")[: layer.size].ljust(layer.size, b"\0"))
         async with opened(path, layer.image_format) as disk:
-            await _change(disk.node, content, number, rng)
+            await change(disk.node, content, number, rng)
         paths.append(path)
         contents.append(bytes(content))
     return Layers(list(layers), paths, contents)
@@ -96,7 +96,7 @@ def creation_options(path: Path, layer: Layer) -> dict[str, object]:
     return options
 
 
-async def _change(node: BlockNode, content: bytearray, number: int, rng: random.Random) -> None:
+async def change(node: BlockNode, content: bytearray, number: int, rng: random.Random) -> None:
     """Write, zero and unmap here and there: some of it in whole clusters, some not."""
     for count in range(rng.randrange(3, 8)):
         unit = rng.choice([SECTOR_SIZE, 4 * KIB, 64 * KIB])

@@ -72,10 +72,11 @@ def assert_same(one: Path, one_format: str, other: Path, other_format: str) -> N
     qemu("qemu-img", "compare", "-f", one_format, "-F", other_format, one, other)
 
 
-def content(path: Path, image_format: str = "qcow2") -> bytes:
-    """All that a guest of QEMU would read from an image, which may be in use."""
+def content(path: Path, image_format: str = "qcow2", *, snapshot: str | None = None) -> bytes:
+    """All that a guest of QEMU would read from an image, which may be in use, or from a snapshot in it."""
     raw = path.with_name(path.name + ".content")
-    qemu("qemu-img", "convert", "-U", "-t", "unsafe", "-f", image_format, "-O", "raw", path, raw)
+    chosen = ["-l", snapshot] if snapshot is not None else []
+    qemu("qemu-img", "convert", "-U", "-t", "unsafe", "-f", image_format, *chosen, "-O", "raw", path, raw)
     try:
         return raw.read_bytes()
     finally:
