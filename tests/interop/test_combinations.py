@@ -26,6 +26,7 @@ from tests.interop.combinations import (
     Combination,
     combinations,
 )
+from tests.interop.peer import commands, judge
 from tests.layers import change, opened
 from tests.qemu_img import qemu
 
@@ -54,16 +55,6 @@ def backings(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return paths
 
 
-def commands(rng: random.Random, size: int, cluster_size: int, count: int) -> Iterator[str]:
-    """What qemu-io is to do: some of it in whole clusters, some not."""
-    for number in range(1, count + 1):
-        unit = rng.choice([512, 4096, cluster_size])
-        offset = rng.randrange(0, size, unit)
-        length = min(rng.randrange(1, 4) * unit, size - offset)
-        verb = rng.choice([f"write -P {number}", f"write -P {number}", "write -z", "write -z -u", "discard"])
-        yield f"{verb} {offset} {length}"
-
-
 def make_with_qemu(combination: Combination, path: Path, backing: Path | None) -> None:
     image_format, size, cluster_size = combination.image_format, combination.size, combination.cluster_size
     link = ["-b", backing.name, "-F", combination.backing] if backing else []
@@ -81,16 +72,6 @@ def make_with_qemu(combination: Combination, path: Path, backing: Path | None) -
         qemu_img.write(path, *commands(rng, size, cluster_size, count=4))
         qemu("qemu-img", "snapshot", "-c", SNAPSHOT, path)
     qemu_img.write(path, *commands(rng, size, cluster_size, count=6), image_format=image_format)
-
-
-def judge(path: Path, image_format: str, content: bytearray, *, may_leak: bool = False) -> None:
-    """QEMU finds nothing wrong, and reads the same."""
-    if image_format != "raw":
-        verdict = qemu_img.check(path, image_format)
-        assert verdict is not None
-        assert verdict.corruptions == 0, verdict
-        assert may_leak or verdict.leaks == 0, verdict
-    assert qemu_img.content(path, image_format) == content
 
 
 @pytest.mark.parametrize("combination", list(_parameters()))
