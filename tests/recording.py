@@ -81,7 +81,15 @@ class RecordingFile(ProtocolNode):
         self.on_entry: Callable[[], None] = lambda: None
         # Nothing is answered at once, as if it were not in the page cache.
         self.is_slow = False
+        # The file of the image that an add-cow file speaks of.
+        self.beside: RecordingFile | None = None
         self._lock = threading.Lock()
+
+    def again(self) -> "RecordingFile":
+        """Another file with what this one holds now, and with another one beside it."""
+        file = RecordingFile(bytes(self.disk), self.filename)
+        file.beside = self.beside and self.beside.again()
+        return file
 
     def _record(self, entry: Entry) -> None:
         with self._lock:

@@ -2,16 +2,25 @@
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.block.root import Root
 from blockd.drivers import FORMATS
 from blockd.filters.blkstream import BlkStream
+from blockd.formats.add_cow import header as add_cow_header
+from blockd.formats.add_cow.check import check as check_add_cow
+from blockd.formats.add_cow.create import create as create_add_cow
+from blockd.formats.add_cow.image import AddCowImage
+from blockd.formats.check_report import CheckReport
 from blockd.formats.qed import header as qed_header
+from blockd.formats.raw.create import create as create_raw
+from blockd.formats.raw.image import RawImage
 from blockd.jobs.job import Action, Job
 from blockd.jobs.manager import JobManager
 from blockd.jobs.stream import StreamJob
+from tests.recording import RecordingFile
 
 
 class Observer:
@@ -43,14 +52,32 @@ async def overlay(
     image_format: str = "qcow2",
 ) -> OverlayNode:
     """Make an empty image over `backing` in an empty file, and open it."""
-    await FORMATS[image_format].create(
+    await create(
         file,
         size,
+        image_format,
         cluster_size=cluster_size,
         backing_filename=backing.filename if backing else None,
         backing_format=backing_format if backing else None,
     )
     return await open_overlay(file, backing)
+
+
+async def create(file: ProtocolNode, size: int, image_format: str, **options: Any) -> None:
+    """Make an image in a file; an add-cow file speaks of the one beside it."""
+    if image_format != AddCowImage.driver:
+        await FORMATS[image_format].create(file, size, **options)
+        return
+    image = beside(file)
+    await create_raw(image, size)
+    await create_add_cow(file, size, image_filename=image.filename, **options)
+
+
+def beside(file: ProtocolNode) -> RecordingFile:
+    """The file of the image that the add-cow file `file` speaks of."""
+    assert isinstance(file, RecordingFile), "it is recorded"
+    assert file.beside is not None, "a test has put it there"
+    return file.beside
 
 
 async def open_overlay(
@@ -59,13 +86,27 @@ async def open_overlay(
     """Open the image in a file, whatever its format."""
     image = await FORMATS[await format_of(file)].open(file, "active", read_only)
     assert isinstance(image, OverlayNode)
+    if isinstance(image, AddCowImage):
+        image.attach(await RawImage.open(beside(file), node_name="image", read_only=read_only))
     image.backing = backing
     return image
 
 
 async def format_of(file: ProtocolNode) -> str:
     """The format of an image that a test has made: no guest has had a hand in its first bytes."""
-    return "qed" if file.size and qed_header.probe(bytes(await file.read(0, 4))) else "qcow2"
+    first_bytes = bytes(await file.read(0, 4)) if file.size else b""
+    probes = {"qed": qed_header.probe, "add-cow": add_cow_header.probe}
+    return next((name for name, probe in probes.items() if probe(first_bytes)), "qcow2")
+
+
+async def check(file: ProtocolNode) -> CheckReport:
+    """Check the image in a file, whatever its format."""
+    image_format = await format_of(file)
+    if image_format == AddCowImage.driver:
+        return await check_add_cow(file, beside(file).size)
+    check_file = FORMATS[image_format].check
+    assert check_file is not None, "all of these formats have a check"
+    return await check_file(file)
 
 
 class Streaming:

@@ -12,17 +12,15 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import NamedTuple
 
-from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
-from blockd.drivers import FORMATS
+from blockd.block.node import BlockNode, OverlayNode
 from blockd.errors import BlockdError, ImageError
-from blockd.formats.check_report import CheckReport
 from tests import qemu_img
 from tests.chains import read_all
 from tests.crash.scene import Scene, Since
 from tests.inline_threads import immediate_threads
 from tests.model import AfterCrash
 from tests.recording import Disks, RecordingFile, Timeline
-from tests.streaming import format_of, open_overlay, streaming
+from tests.streaming import check, open_overlay, streaming
 
 # What is remembered of single disks: each entry takes some 300 bytes.
 VERDICT_COUNT_MAX = 500_000
@@ -95,7 +93,8 @@ class Judge:
 
     async def _verdict(self, scene: Scene, disks: Disks, top: int) -> Verdict:
         geometry = b"%d %d %d" % (scene.cluster_size, scene.cluster_count, top)
-        digest = blake2b(b"".join(disks[: top + 1]), digest_size=16, salt=b"", person=geometry[:16]).digest()
+        own = disks[: (top + 1) * scene.part_count]
+        digest = blake2b(b"".join(own), digest_size=16, salt=b"", person=geometry[:16]).digest()
         verdict = self._verdicts.get(digest)
         if verdict is None:
             verdict = await self._look(scene, disks, top)
@@ -106,16 +105,16 @@ class Judge:
         return verdict
 
     async def _look(self, scene: Scene, disks: Disks, top: int) -> Verdict:
-        file = RecordingFile(disks[top], scene.files[top].filename)
+        file = scene.file_after_crash(disks, top)
         try:
-            report = await _check(file)
+            report = await check(file)
             problems = [str(finding) for finding in report.findings if not finding.is_leak]
             image = await _open(scene, disks, top)
             content = await read_all(image)
             await open_overlay(file, None)
         except BlockdError as error:
             return Verdict((error.message,), b"", None)
-        if file.log and not report.is_dirty:
+        if (file.log or (file.beside and file.beside.log)) and not report.is_dirty:
             problems.append("opening wrote to it")
         content = self._contents.setdefault(content, content)
         return Verdict(tuple(problems), content, image.backing_filename)
@@ -157,30 +156,24 @@ async def stream_again(scene: Scene, disks: Disks, top: int, content: bytes) -> 
     await image.close()
     file = image.children()["file"]
     assert isinstance(file, RecordingFile)
-    final = RecordingFile(bytes(file.disk))
-    assert (await _check(final)).corruptions == 0
+    final = file.again()
+    assert (await check(final)).corruptions == 0
     whole = await open_overlay(final, base, read_only=True)
     assert whole.backing_filename == scene.base_name
     assert await read_all(whole) == content
     return True
 
 
-async def _check(file: ProtocolNode) -> CheckReport:
-    check = FORMATS[await format_of(file)].check
-    assert check is not None
-    return await check(file)
-
-
 async def _open(scene: Scene, disks: Disks, index: int, *, read_only: bool = True) -> OverlayNode:
     """Open one of the files as a crash left them, over the backing that it records."""
-    file = RecordingFile(disks[index], scene.files[index].filename)
+    file = scene.file_after_crash(disks, index)
     image = await open_overlay(file, None, read_only=read_only)
     image.backing = await _backing(scene, disks, image.backing_filename)
     return image
 
 
 async def _backing(scene: Scene, disks: Disks, name: str | None) -> BlockNode | None:
-    for index, file in enumerate(scene.files):
+    for index, file in enumerate(scene.files[:: scene.part_count]):
         if file.filename == name:
             return await _open(scene, disks, index)
     if name not in scene.nodes:
@@ -193,7 +186,7 @@ async def problems_after_crash(
 ) -> list[str]:
     """Everything that is wrong with one file that a crash left; it has to record one of `backings`."""
     file = RecordingFile(disk)
-    report = await _check(file)
+    report = await check(file)
     problems = [str(finding) for finding in report.findings if not finding.is_leak]
     image = await open_overlay(file, None, read_only=True)
     if image.backing_filename not in backings:

@@ -12,7 +12,6 @@ from itertools import cycle, islice
 from typing import NamedTuple
 
 from blockd.block.node import BlockNode, FillCounts
-from blockd.drivers import FORMATS
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.raw.image import RawImage
 from blockd.jobs import stream as stream_module
@@ -21,8 +20,8 @@ from blockd.jobs.stream import StreamJob
 from tests.guest import Guest, RootDisk
 from tests.inline_threads import steps, use_inline_threads
 from tests.model import AfterCrash, ModelDisk, drawn
-from tests.recording import RecordingFile, Tape
-from tests.streaming import Streaming, open_overlay, overlay, streaming
+from tests.recording import Disks, RecordingFile, Tape
+from tests.streaming import Streaming, create, open_overlay, overlay, streaming
 
 BASE, MIDDLE = "base.raw", "middle.qcow2"
 # What a stream copies at a time, and how much it copies between two checkpoints, in clusters.
@@ -96,7 +95,9 @@ class Scene:
         self._hidden_count = hidden_count
         self.base_name = base_name
         self.tape: Tape = []
+        # The files of the active images, each with the one beside it if it has one.
         self.files: list[RecordingFile] = []
+        self.part_count = 2 if image_format == "add-cow" else 1
         self.moments: list[tuple[int, AfterCrash]] = []
         self.history: list[Since] = []
         # Former active images, which never change again: from which position on, which file, its content.
@@ -158,22 +159,48 @@ class Scene:
         return start, bytes(self.model.content[start : start + self.cluster_size])
 
     async def _new_overlay(self, backing_name: str, backing_format: str, size: int) -> RecordingFile:
-        made = RecordingFile()
-        await FORMATS[self.image_format].create(
+        name = f"active{self.image_count}"
+        made = RecordingFile(name=f"{name}.{self.image_format}")
+        if self.part_count > 1:
+            made.beside = RecordingFile(name=f"{name}.data")
+        await create(
             made,
             size,
+            self.image_format,
             cluster_size=self.cluster_size,
             backing_filename=backing_name,
             backing_format=backing_format,
             **self._options,
         )
         content = bytes(made.disk) if self.files else self._prepare(bytes(made.disk))
-        file = self._file_type(content, f"active{len(self.files)}.{self.image_format}")
+        file = self._recorded(content, made.filename)
+        if made.beside is not None:
+            file.beside = self._recorded(bytes(made.beside.disk), made.beside.filename)
+        return file
+
+    def _recorded(self, content: bytes, name: str) -> RecordingFile:
+        file = self._file_type(content, name)
         file.is_slow = self._is_slow
         file.tape = self.tape
         file.on_entry = self.note_moment
         self.files.append(file)
         return file
+
+    @property
+    def image_count(self) -> int:
+        """How many images have been active."""
+        return len(self.files) // self.part_count
+
+    def file_after_crash(self, disks: Disks, index: int) -> RecordingFile:
+        """The file of an image as a crash has left it."""
+        first = index * self.part_count
+        parts = [
+            RecordingFile(disks[number], self.files[number].filename)
+            for number in range(first, first + self.part_count)
+        ]
+        if self.part_count > 1:
+            parts[0].beside = parts[1]
+        return parts[0]
 
     # -- keeping the books ------------------------------------------------------------------------
 
@@ -189,7 +216,7 @@ class Scene:
             self.moments.append((self.position, now))
 
     def _since(self, backing_names: set[str | None], *, tops: tuple[int, ...] | None = None) -> None:
-        top = len(self.files) - 1
+        top = self.image_count - 1
         self.history.append(Since(self.position, tops or (top,), frozenset(backing_names)))
 
     @property
@@ -291,7 +318,7 @@ class Scene:
         durable = self.model.begin_flush()
         await old.close()
         self.model.finish_flush(durable)
-        self.streaming.active = await open_overlay(self.files[-1], old.backing)
+        self.streaming.active = await open_overlay(self.files[-self.part_count], old.backing)
         self.streaming.root.replace(self.streaming.active)
 
     async def resize(self, cluster_count: int) -> None:
@@ -323,7 +350,7 @@ class Scene:
     async def switch(self) -> None:
         """Go on in a new overlay."""
         old = self.streaming.active
-        index = len(self.files) - 1
+        index = self.image_count - 1
         file = await self._new_overlay(old.filename, self.image_format, old.size)
         fresh = await open_overlay(file, None)
         names = {old.backing_filename, old.filename}

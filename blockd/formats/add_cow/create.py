@@ -1,7 +1,7 @@
 """Make a new add-cow file beside an image: no cluster is in the image yet.
 
-Order on disk: bitmap durable → header → durable. Until the header is there the file is no add-cow file,
-so a crash never leaves one that is half made.
+Order on disk: bitmap and names durable → first sector of the header → durable. Until that sector is there
+the file is no add-cow file, so a crash never leaves one that is half made.
 """
 
 from blockd.aio import in_thread
@@ -49,8 +49,9 @@ def _write(file: ProtocolNode, header: bytes, bitmap_length: int) -> None:
         _clear(file, len(header) + bitmap_length)
     if file.size < len(header) + bitmap_length:
         file.truncate_blocking(len(header) + bitmap_length)
+    file.write_blocking(SECTOR_SIZE, header[SECTOR_SIZE:])
     file.sync_blocking()
-    file.write_blocking(0, header)
+    file.write_blocking(0, header[:SECTOR_SIZE])
     file.sync_blocking()
 
 

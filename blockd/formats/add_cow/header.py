@@ -139,7 +139,10 @@ def _parse_name(data: bytes, offset: int, length: int, name: str, what: str) -> 
         raise ImageError(f"'{name}': the {what} file name is {length} bytes long, not 1 to {NAME_LENGTH_MAX}")
     if offset < _FIELDS.size or offset + length > len(data):
         raise ImageError(f"'{name}': the {what} file name at {offset} is outside the header")
-    return Name(data[offset : offset + length].decode("utf-8", "surrogateescape"), offset)
+    text = data[offset : offset + length].decode("utf-8", "surrogateescape")
+    if "\0" in text:
+        raise ImageError(f"'{name}': the {what} file name has a NUL character in it")
+    return Name(text, offset)
 
 
 def _parse_format(field: bytes, name: str, what: str) -> str | None:
