@@ -18,6 +18,10 @@ from typing import NamedTuple
 from blockd.devices import overlays
 from blockd.errors import BlockdError
 from blockd.exports.nbd import requests
+from blockd.formats.add_cow import checkpoint as add_cow_checkpoint
+from blockd.formats.add_cow import create as add_cow_create
+from blockd.formats.add_cow import image as add_cow_image
+from blockd.formats.add_cow import metadata as add_cow_metadata
 from blockd.formats.qcow2 import checkpoint, create, image, metadata, repair
 from blockd.formats.qed import checkpoint as qed_checkpoint
 from blockd.formats.qed import create as qed_create
@@ -28,6 +32,7 @@ from blockd.formats.raw import create as raw_create
 from blockd.formats.raw import image as raw_image
 from blockd.jobs import stream
 from blockd.protocols import new_file
+from tests.crash.add_cow import ADD_COW_SWEEPS, ADD_COW_WORKLOADS
 from tests.crash.creation import sweep_creation
 from tests.crash.judge import Judge
 from tests.crash.promises import SWEEPS, Sweep
@@ -37,6 +42,7 @@ from tests.crash.workloads import WORKLOADS, Workload
 MODULES: list[ModuleType] = [
     *(checkpoint, create, image, metadata, repair),
     *(qed_checkpoint, qed_create, qed_image, qed_metadata, qed_repair),
+    *(add_cow_checkpoint, add_cow_create, add_cow_image, add_cow_metadata),
     *(raw_create, raw_image, new_file, overlays, stream, requests),
 ]
 # A statement that calls one of these keeps an order, or a promise.
@@ -103,6 +109,20 @@ SITES: dict[str, list[str]] = {
     "formats.qed.repair._clear_entries": ["entries repaired → need-check bit cleared"],
     "formats.qed.repair._mark_clean": ["need-check bit cleared → repaired"],
     "formats.qed.repair._give_back": ["space of leaks given back → repaired"],
+    "formats.add_cow.checkpoint.write_checkpoint": ["data → bits", "bits → acknowledged"],
+    "formats.add_cow.checkpoint.write_name": ["backing file name → first sector"],
+    "formats.add_cow.checkpoint.write_header": ["header → completion event"],
+    "formats.add_cow.checkpoint.grow_bitmap": ["longer bitmap → larger image"],
+    "formats.add_cow.checkpoint.set_length": ["larger image → resized"],
+    "formats.add_cow.create._write": ["bitmap, names → first sector", "first sector → created"],
+    "formats.add_cow.create._clear": ["old header gone → the new bitmap"],
+    "formats.add_cow.image.AddCowImage.flush": ["checkpoint → flush acknowledged"],
+    "formats.add_cow.image.AddCowImage.reopen": ["checkpoint → backing of another image (switch, snapshot)"],
+    "formats.add_cow.image.AddCowImage.close": ["checkpoint → closed"],
+    "formats.add_cow.metadata.Metadata.relieve": ["memory stays bounded"],
+    "formats.add_cow.metadata.Metadata._flush": ["checkpoint → flush acknowledged"],
+    "formats.add_cow.metadata.Metadata.change_backing": ["data and bits → header without the old backing"],
+    "formats.add_cow.metadata.Metadata.set_size": ["zeroes over the backing → larger size"],
     "formats.raw.create._set_length": ["length → created"],
     "formats.raw.image.RawImage.flush": ["data → flush acknowledged"],
     "formats.raw.image.RawImage.reopen": ["data → backing of another image"],
@@ -119,6 +139,7 @@ SITES: dict[str, list[str]] = {
 HARMLESS: dict[str, str] = {
     "formats.qcow2.metadata.Metadata.relieve": ANY_MOMENT,
     "formats.qed.metadata.Metadata.relieve": ANY_MOMENT,
+    "formats.add_cow.metadata.Metadata.relieve": ANY_MOMENT,
     "jobs.stream.StreamJob.run": BY_POLICY,
     "jobs.stream.StreamJob._flush": BY_POLICY,
 }
@@ -229,12 +250,15 @@ async def _sweep_workload(workload: Workload) -> None:
 
 def _sweeps(call: Found) -> Iterator[tuple[str, Sweep]]:
     """The reduced sweep of the format that a call belongs to, the quick parts first."""
-    is_qed = call.name.startswith("formats.qed.")
-    workloads = QED_WORKLOADS if is_qed else WORKLOADS
+    workloads, sweeps = WORKLOADS, [sweep_creation, *SWEEPS]
+    if call.name.startswith("formats.qed."):
+        workloads, sweeps = QED_WORKLOADS, QED_SWEEPS
+    elif call.name.startswith("formats.add_cow."):
+        workloads, sweeps = ADD_COW_WORKLOADS, ADD_COW_SWEEPS
     for workload in workloads:
         if not workload.is_large:
             yield str(workload), lambda workload=workload: _sweep_workload(workload)  # type: ignore[misc]
-    for sweep in QED_SWEEPS if is_qed else (sweep_creation, *SWEEPS):
+    for sweep in sweeps:
         yield sweep.__name__, sweep
     for workload in workloads:
         if workload.is_large:
