@@ -60,6 +60,24 @@ async def test_live_block_copy_moves_the_guest_to_a_copy(start_daemon: StartDaem
     assert "backing" not in qemu_img.qemu("qemu-img", "info", copy)
 
 
+async def test_raw_copy_moves_the_guest_to_a_plain_file(start_daemon: StartDaemon, tmp_path: Path) -> None:
+    source, copy = tmp_path / "disk.raw", tmp_path / "copies" / "disk.raw"
+    copy.parent.mkdir()
+    with source.open("wb") as file:
+        file.write(os.urandom(2 * MIB))
+        file.truncate(64 * MIB)
+    daemon = await start_daemon("--device", f"vda={source}", "--image-paths", str(tmp_path))
+    said = await run(EXAMPLES / "raw_copy.sh", "vda", copy, daemon.qmp_path)
+    assert f"vda now runs on {copy}" in said
+    assert copy.stat().st_blocks * 512 <= 2 * MIB, "holes are data in the copy"
+    await run("qemu-io", "-f", "raw", "-c", "write -P 9 1M 64k", daemon.nbd_uri("vda"))
+    await daemon.stop()
+    expected = bytearray(source.read_bytes())
+    expected[MIB : MIB + 65536] = b"\x09" * 65536
+    assert copy.read_bytes() == expected
+    assert list(copy.parent.iterdir()) == [copy]
+
+
 async def test_qemu_guest_builds_a_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DRY_RUN", "1")
     said = await run(EXAMPLES / "qemu_guest.sh", "vda", "some.sock", "-nographic")
