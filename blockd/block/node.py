@@ -148,6 +148,8 @@ class ProtocolNode(BlockNode, BlockingSource):
 
     # The first failed sync: the kernel may have dropped the pages, so nothing may be written after it.
     failed: StorageError | None = None
+    # Set by a format whose tables tell what is in use: for speed the file may be longer than that.
+    is_longer_allowed = False
 
     def announce(self, event: FileEvent) -> None:
         """Hear what the format above is about to do; for nodes that inject faults. Any thread."""
@@ -185,6 +187,21 @@ class ProtocolNode(BlockNode, BlockingSource):
             count = min(_ALLOCATE_CHUNK, end - offset)
             self.write_blocking(offset, bytes(count))
             offset += count
+
+    def takes_pages_of(self, source: "BlockNode | BlockingSource | None") -> bool:
+        """Whether it is worth trying to `pass_pages_blocking` from `source`."""
+        return False
+
+    def pass_pages_blocking(
+        self, offset: int, source: "BlockNode | BlockingSource | None", source_offset: int, length: int
+    ) -> int:
+        """Write cold what `source` holds, without its bytes passing through here.
+
+        Returns how much of it, from its start, was written; the rest cannot be written like this.
+
+        Needs:    `takes_pages_of(source)`.
+        """
+        return 0
 
     @abstractmethod
     def punch_hole_blocking(self, offset: int, length: int) -> None:

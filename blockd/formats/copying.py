@@ -1,7 +1,8 @@
 """Copying for a fill: read, look for zeroes, write; one thread hop for all of it.
 
 Every format fills the same way and differs in where the copy goes. So a part of the range comes with
-a function that writes to it, and only that function knows about host offsets.
+a function that writes to it, and only that function knows about host offsets. What may go from file to
+file without being touched here does (passing.py).
 """
 
 import ctypes
@@ -10,8 +11,9 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from blockd.aio import in_thread
-from blockd.block.node import BlockNode, Segment
+from blockd.block.node import BlockNode, ProtocolNode, Segment
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
+from blockd.formats.passing import pass_pages
 from blockd.units import align_down, align_up
 
 # What writing past the page cache asks of memory.
@@ -26,12 +28,14 @@ _scratch = threading.local()
 class Part(NamedTuple):
     """Neighbouring clusters of the guest that are copied at once.
 
-    `write` takes a position in the part, and whole clusters that are to be written there.
+    `write` takes a position in the part, and whole clusters that are to be written there. `pages_to`:
+    in which file that is, and where the part begins there, if pages may be passed there as they are.
     """
 
     offset: int
     length: int
     write: Callable[[int, memoryview], None]
+    pages_to: tuple[ProtocolNode, int] | None = None
 
 
 def split_zeroes(
@@ -67,7 +71,10 @@ async def copy_parts(cluster_size: int, parts: list[Part], offset: int, source: 
 
     Cancel:   takes effect when the thread is done.
     """
-    return await in_thread(_copy_blocking, cluster_size, parts, await source_reader(offset, source))
+    read = await source_reader(offset, source)
+    if not can_read_blocking(source):
+        parts = [part._replace(pages_to=None) for part in parts]
+    return await in_thread(_copy_blocking, cluster_size, parts, offset, source, read)
 
 
 async def source_reader(offset: int, source: list[Segment]) -> Read:
@@ -77,7 +84,8 @@ async def source_reader(offset: int, source: list[Segment]) -> Read:
     """
     length = sum(segment.length for segment in source)
     data: memoryview | None = None
-    if not can_read_blocking(source):
+    can_read = can_read_blocking(source)
+    if not can_read:
         data = memoryview(await read_segments(source, length))
 
     def read(start: int, buffer: memoryview) -> None:
@@ -91,21 +99,48 @@ async def source_reader(offset: int, source: list[Segment]) -> Read:
     return read
 
 
-def _copy_blocking(cluster_size: int, parts: list[Part], read: Callable[[int, memoryview], None]) -> set[int]:
+def _copy_blocking(
+    cluster_size: int, parts: list[Part], offset: int, source: list[Segment], read: Read
+) -> set[int]:
     zero_clusters: set[int] = set()
     for part in parts:
-        buffer, first = _scratch_buffer(part.length)
-        view = memoryview(buffer)[first : first + part.length]
-        read(part.offset, view)
-        start = 0
-        for position in _zero_clusters(buffer, first, part.length, cluster_size):
-            zero_clusters.add(part.offset + position)
-            if start < position:
-                part.write(start, view[start:position])
-            start = position + cluster_size
-        if start < part.length:
-            part.write(start, view[start:])
+        position = 0
+        if part.pages_to is not None:
+            stored = clipped(source, part.offset - offset, part.length)
+            position = _pass_pages(part, part.pages_to, stored, cluster_size, zero_clusters)
+        if position < part.length:
+            _copy_rest(cluster_size, part, position, read, zero_clusters)
     return zero_clusters
+
+
+def _pass_pages(
+    part: Part,
+    target: tuple[ProtocolNode, int],
+    stored: list[Segment],
+    cluster_size: int,
+    zero_clusters: set[int],
+) -> int:
+    """Pass pages from the part's start as far as that can be; returns up to where."""
+    zeroes: set[int] = set()
+    position = pass_pages(*target, stored, cluster_size, zeroes)
+    zero_clusters.update(part.offset + position for position in zeroes)
+    return position
+
+
+def _copy_rest(cluster_size: int, part: Part, position: int, read: Read, zero_clusters: set[int]) -> None:
+    """Read and write a part from `position` on."""
+    length = part.length - position
+    buffer, first = _scratch_buffer(length)
+    view = memoryview(buffer)[first : first + length]
+    read(part.offset + position, view)
+    start = 0
+    for cluster in _zero_clusters(buffer, first, length, cluster_size):
+        zero_clusters.add(part.offset + position + cluster)
+        if start < cluster:
+            part.write(position + start, view[start:cluster])
+        start = cluster + cluster_size
+    if start < length:
+        part.write(position + start, view[start:])
 
 
 def _zero_clusters(buffer: bytearray, first: int, length: int, cluster_size: int) -> Iterator[int]:

@@ -3,6 +3,7 @@
 Reads take the fast path when the pages are in the page cache (`RWF_NOWAIT`). Buffered writes have no
 such flag on ext4, so the fast path for writes is guarded: it is taken only while no sync is under way
 on the file and as long as the last writes returned quickly; one slow write closes it for a while.
+Copies that nobody is expected to read soon go past the page cache (cold.py).
 """
 
 import contextlib
@@ -13,17 +14,17 @@ import logging
 import os
 import stat
 import sys
-import threading
 import time
 from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
 from blockd.block.image_paths import printable
-from blockd.block.node import Buffer, ProtocolNode
+from blockd.block.node import BlockingSource, BlockNode, Buffer, ProtocolNode
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError
 from blockd.extents import Extent, Kind
+from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
 from blockd.units import MIB
 
@@ -47,9 +48,6 @@ SLOW_WRITE_S = 0.010
 SLOW_WRITE_PAUSE_FACTOR = 20
 # More than this at once would itself hold up the loop.
 NOWAIT_LENGTH_MAX = 1 * MIB
-# What O_DIRECT asks of memory, offsets and lengths on every filesystem and device that has it.
-DIRECT_ALIGNMENT = 4096
-_NOT_OPENED, _NO_DIRECT = -1, -2
 # Extents told at once.
 MAP_COUNT_MAX = 64
 # Zeroes written at a time where the filesystem cannot punch holes.
@@ -62,13 +60,13 @@ class FileNode(ProtocolNode):
     driver = "file"
 
     def __init__(self, fd: int, filename: str, size: int, *, node_name: str, read_only: bool) -> None:
+        self._end = FileEnd(size)
         super().__init__(node_name, filename, size, read_only=read_only)
         self._fd = fd
         self._is_moved = False
         self._lock_mode = LockMode.OFF
         self._claim = NO_CLAIM
-        self._direct_fd = _NOT_OPENED
-        self._growing = threading.Lock()
+        self._cold = ColdWriter()
         self._sync_count = 0
         self._write_slowly_until = 0.0
 
@@ -105,6 +103,14 @@ class FileNode(ProtocolNode):
         wanted = claim_for(mode, read_only=self.read_only)
         change_claim(self._fd, self.filename, self._claim, wanted)
         self._lock_mode, self._claim = mode, wanted
+
+    @property
+    def size(self) -> int:
+        return self._end.size
+
+    @size.setter
+    def size(self, size: int) -> None:
+        self._end.reset(size)
 
     def identity(self) -> tuple[int, int]:
         """Equal exactly for the same file or device."""
@@ -214,15 +220,21 @@ class FileNode(ProtocolNode):
         started = time.monotonic()
         if started < self._write_slowly_until:
             return False
+        is_growing = offset + len(data) > self.size
+        if is_growing and not self._end.begin_nowait():
+            return False
+        count = 0
         try:
             self._require_length_before(offset + len(data))
             count = os.pwrite(self._fd, data, offset)
         except (OSError, StorageError):
             return False  # the awaitable write meets the same error and reports it
+        finally:
+            if is_growing:
+                self._end.finish(offset, count)
         finished = time.monotonic()
         if finished - started > SLOW_WRITE_S:
             self._write_slowly_until = finished + SLOW_WRITE_PAUSE_FACTOR * (finished - started)
-        self._grew_to(offset + count)
         return count == len(data)
 
     async def write(self, offset: int, data: Buffer) -> None:
@@ -234,41 +246,57 @@ class FileNode(ProtocolNode):
         view = memoryview(data)
         self._require_length_before(offset + len(view))
         position = 0
+        self._end.begin()
         try:
             while position < len(view):
                 position += os.pwrite(self._fd, view[position:], offset + position)
         except OSError as error:
             raise StorageError.from_os(error, "write", self.filename) from error
-        self._grew_to(offset + len(view))
-
-    def _grew_to(self, end: int) -> None:
-        if end > self.size:
-            with self._growing:
-                self.size = max(self.size, end)
+        finally:
+            self._end.finish(offset, position)
 
     def write_cold_blocking(self, offset: int, data: Buffer) -> None:
-        """Write past the page cache where that can be: it costs less, and evicts nothing guests need.
+        """Write past the page cache where that can be.
 
-        Needs:    for that, memory, offset and length are multiples of `DIRECT_ALIGNMENT`.
+        Needs:    for that, memory, offset and length are multiples of `cold.DIRECT_ALIGNMENT`.
         """
         self._require_writable()
         self._require_length_before(offset + len(data))
-        if not self._write_direct(offset, data):
-            super().write_cold_blocking(offset, data)
-
-    def _write_direct(self, offset: int, data: Buffer) -> bool:
-        """Write all of `data` with O_DIRECT; False: that cannot be done, write it the usual way."""
-        if self._direct_fd == _NO_DIRECT or (offset | len(data)) % DIRECT_ALIGNMENT:
-            return False
+        written = 0
+        self._end.begin()
         try:
-            if self._direct_fd == _NOT_OPENED:
-                self._direct_fd = os.open(f"/proc/self/fd/{self._fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
-            written = os.pwrite(self._direct_fd, data, offset)
-        except OSError:
-            self._direct_fd = _NO_DIRECT if self._direct_fd == _NOT_OPENED else self._direct_fd
-            return False  # a real error is met again by the usual write, and reported
-        self._grew_to(offset + written)
-        return written == len(data)
+            if self._cold.can_write(self._fd, offset, len(data)):
+                self._reserve(offset + len(data))
+                written = self._cold.write(offset, data)
+        finally:
+            self._end.finish(offset, written)
+        if written < len(data):
+            super().write_cold_blocking(offset + written, memoryview(data)[written:])
+
+    def takes_pages_of(self, source: BlockNode | BlockingSource | None) -> bool:
+        return isinstance(source, FileNode) and self._cold.can_pass_pages
+
+    def pass_pages_blocking(
+        self, offset: int, source: BlockNode | BlockingSource | None, source_offset: int, length: int
+    ) -> int:
+        self._require_writable()
+        assert isinstance(source, FileNode), "asked for by `takes_pages_of`"
+        is_possible = self._cold.can_write(self._fd, offset, source_offset, length)
+        if not is_possible or source_offset + length > source.size:
+            return 0
+        self._require_length_before(offset + length)
+        written = 0
+        self._end.begin()
+        try:
+            self._reserve(offset + length)
+            written = self._cold.pass_pages(offset, source._fd, source_offset, length)
+        finally:
+            self._end.finish(offset, written)
+        return written
+
+    def _reserve(self, end: int) -> None:
+        if self.is_longer_allowed:
+            self._end.reserve(self._fd, end)
 
     def start_writeback_blocking(self, offset: int, length: int) -> None:
         _libc.sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
@@ -293,10 +321,15 @@ class FileNode(ProtocolNode):
     def allocate_blocking(self, offset: int, length: int) -> None:
         self._require_writable()
         self._require_length_before(offset + length)
-        if _libc.fallocate(self._fd, 0, offset, length) == 0:
-            self._grew_to(offset + length)
-            return
-        code = ctypes.get_errno()
+        allocated = 0
+        self._end.begin()
+        try:
+            if _libc.fallocate(self._fd, 0, offset, length) == 0:
+                allocated = length
+                return
+            code = ctypes.get_errno()
+        finally:
+            self._end.finish(offset, allocated)
         if code not in _NOT_FOR_THIS_FILE:
             raise StorageError.from_os(OSError(code, ""), "allocate space in", self.filename)
         super().allocate_blocking(offset, length)
@@ -317,6 +350,7 @@ class FileNode(ProtocolNode):
         self.require_unchanged_blocking()
         self._sync_count += 1
         try:
+            self._end.give_back(self._fd, unless_used=True)
             os.fdatasync(self._fd)
         except OSError as error:
             self.failed = self.failed or StorageError.from_os(error, "sync", self.filename)
@@ -354,6 +388,7 @@ class FileNode(ProtocolNode):
             raise self.failed
         if self._lock_mode is LockMode.FORCE_SHARE and not read_only:
             raise RequestError("force-share=on can only be used with read-only images")
+        self._end.give_back(self._fd)
         before, wanted = self._claim, claim_for(self._lock_mode, read_only=read_only)
         with contextlib.ExitStack() as undo:
             fd, size = _open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
@@ -365,19 +400,19 @@ class FileNode(ProtocolNode):
             undo.pop_all()
         os.close(fd)
         self.size, self._claim = size, wanted
-        if self._direct_fd >= 0:
-            os.close(self._direct_fd)
-        self._direct_fd = _NOT_OPENED
+        self._cold.close_blocking()
         self.read_only = read_only
 
     async def close(self) -> None:
         if self._fd < 0:
             return
         fd, self._fd = self._fd, -1
-        await in_thread(os.close, fd)
-        if self._direct_fd >= 0:
-            direct_fd, self._direct_fd = self._direct_fd, _NO_DIRECT
-            await in_thread(os.close, direct_fd)
+        await in_thread(self._close_blocking, fd)
+
+    def _close_blocking(self, fd: int) -> None:
+        self._end.give_back(fd)
+        self._cold.close_blocking()
+        os.close(fd)
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:

@@ -49,8 +49,7 @@ async def fill(
                 can_be_zero = is_zero and metadata.knows_zero
                 pieces += await _place(metadata, piece_start, piece_end, is_zero=can_be_zero)
         image.file.announce(FileEvent.COR_WRITE)
-        write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
-        parts = [part for piece in pieces for part in _parts(piece, image.cluster_size, write)]
+        parts = [part for piece in pieces for part in _parts(image, piece, keep_cached=keep_cached)]
         zero_clusters = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
         if zero_clusters and not metadata.knows_zero:
             await in_thread(_write_zeroes, parts, zero_clusters, image.cluster_size)
@@ -95,14 +94,16 @@ async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> 
     return pieces
 
 
-def _parts(piece: Piece, cluster_size: int, write: Callable[[int, memoryview], None]) -> Iterator[Part]:
+def _parts(image: "Qcow2Image", piece: Piece, *, keep_cached: bool) -> Iterator[Part]:
     """What is copied for a piece: nothing if it is all zeroes."""
     if piece.run is not None:
         host_offset = piece.run.host_offset
+        write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
         yield Part(
             piece.offset,
-            piece.cluster_count * cluster_size,
+            piece.cluster_count * image.cluster_size,
             lambda position, data: write(host_offset + position, data),
+            None if keep_cached else (image.file, host_offset),
         )
 
 

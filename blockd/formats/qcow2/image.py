@@ -49,6 +49,7 @@ class Qcow2Image(OverlayNode):
     def __init__(self, metadata: Metadata, *, node_name: str, read_only: bool) -> None:
         super().__init__(node_name, metadata.file.filename, metadata.header.size, read_only=read_only)
         self.file = metadata.file
+        self.file.is_longer_allowed = True  # what is in use the refcounts tell
         self._use(metadata)
         self._is_closed = False
         # What was found wrong while the image was writable: nothing is written after it.
