@@ -23,7 +23,7 @@ from blockd.units import MIB, align_down, align_up
 log = logging.getLogger(__name__)
 
 # The most that one copy takes: a guest write into part of a cluster may have to wait for it.
-COPY_LENGTH_MAX = 2 * MIB
+COPY_LENGTH_MAX = 4 * MIB
 
 
 class BlkStream(FilterNode):

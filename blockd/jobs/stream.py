@@ -1,15 +1,17 @@
 """The stream job: populate from 0 to the end, then write the final base.
 
 The loop takes a window of missing ranges at a time and copies a few of them at once; it comes back
-to its top, where pause, rate and cancel are looked at, with no copy pending. Checkpoints run beside
-the copying. What happens to the graph around it is the device's business (`clean`).
+to its top, where pause, rate and cancel are looked at, with no copy pending, and early if one of them
+changed. Checkpoints run beside the copying. What happens to the graph around it is the device's
+business (`clean`).
 """
 
 import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -23,9 +25,9 @@ from blockd.units import GIB, MIB, align_down
 log = logging.getLogger(__name__)
 
 # What one copy takes, how many run at once, and how much one round of the loop takes.
-COPY_LENGTH = 2 * MIB
-COPY_COUNT = 2
-WINDOW_LENGTH = 16 * MIB
+COPY_LENGTH = 4 * MIB
+COPY_COUNT = 4
+WINDOW_LENGTH = 64 * MIB
 # How many maps one round looks at: a sparse terabyte is walked without holding others up.
 SCAN_COUNT = 64
 # With a speed limit, a round copies what the limit allows in this time.
@@ -164,8 +166,12 @@ class StreamJob(Job):
                 if await self.handle_error(error, error.operation) is Action.STOP:
                     continue
                 raise
-            await self._copy(needed)
-            self.counters.skipped += end - offset - sum(piece.length for piece in needed)
+            left = deque(needed)
+            await self._copy(left)
+            end = min((piece.offset for piece in left), default=end)
+            self.counters.skipped += (
+                end - offset - sum(piece.length for piece in needed if piece.offset < end)
+            )
             offset = end
             self.set_progress(offset, self.length)
             self._ask_for_checkpoint()
@@ -197,24 +203,39 @@ class StreamJob(Job):
         allowed = max(cluster_size, align_down(int(self.speed * RATE_SLICE_S), cluster_size))
         return min(COPY_LENGTH, allowed), min(WINDOW_LENGTH, allowed)
 
-    async def _copy(self, pieces: list[Extent]) -> None:
-        """Copy pieces, a few at once; those that failed are retried after the pause the policy asks for."""
-        while pieces:
+    async def _copy(self, pieces: deque[Extent]) -> None:
+        """Copy pieces, a few at once, from the left on; what a pause or another speed leaves undone stays.
+
+        Those that failed are retried after the pause the policy asks for.
+        """
+        while True:
+            under_way: list[Extent] = []
             failures: list[tuple[Extent, StorageError]] = []
-            remaining = iter(pieces)
             async with task_group() as tasks:
                 for _ in range(min(COPY_COUNT, len(pieces))):
-                    tasks.create_task(self._copy_some(remaining, failures))
-            pieces = await self._apply_policy(failures)
+                    tasks.create_task(self._copy_some(pieces, self.speed, under_way, failures))
+            if not failures:
+                return
+            pieces.extendleft(reversed(await self._apply_policy(failures)))
 
     async def _copy_some(
-        self, remaining: Iterator[Extent], failures: list[tuple[Extent, StorageError]]
+        self,
+        pieces: deque[Extent],
+        speed: int,
+        under_way: list[Extent],
+        failures: list[tuple[Extent, StorageError]],
     ) -> None:
-        for piece in remaining:
+        """Copy one piece after another; those `under_way` and behind are not done yet."""
+        while pieces and not self.is_user_paused and self.speed == speed:
+            piece = pieces.popleft()
+            under_way.append(piece)
             try:
                 self._count(await self._target.populate(piece.offset, piece.length))
             except StorageError as error:
                 failures.append((piece, error))
+                continue  # nothing behind it counts as done
+            under_way.remove(piece)
+            self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
 
     async def _apply_policy(self, failures: list[tuple[Extent, StorageError]]) -> list[Extent]:
         """Tell which pieces to try again."""

@@ -24,7 +24,7 @@ CASES = list(
 
 async def add_disk(client: QmpClient, folder: Path, site: Site, code: int) -> bytes:
     """An overlay over a raw base; one of the two fails once. Returns the content."""
-    content = drawn(["ABCDEFGH" * 8], CLUSTER)
+    content = drawn(["ABCDEFGH" * 16], CLUSTER)  # more than one copy takes
     base = folder / "base.raw"
     base.write_bytes(content)
     active = qemu_img.create(folder / "active.qcow2", len(content), backing=base, backing_format="raw")

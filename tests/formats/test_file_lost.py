@@ -11,7 +11,7 @@ import pytest
 from blockd.block.node import BlockNode
 from blockd.drivers import NodeGraph
 from blockd.errors import StorageError
-from blockd.protocols import file as file_module
+from blockd.protocols import cold
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import qemu_img
@@ -123,7 +123,7 @@ async def test_threads_that_make_a_file_longer_agree_on_its_size(
     (tmp_path / "file").touch()
     file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
     lock = _NoticedLock()
-    monkeypatch.setattr(file, "_growing", lock)
+    monkeypatch.setattr(file._end, "_lock", lock)
 
     def write_more() -> None:
         file.write_blocking(0, b"x" * MIB)
@@ -132,13 +132,13 @@ async def test_threads_that_make_a_file_longer_agree_on_its_size(
     other = threading.Thread(target=write_more)
 
     def overtaken(one: int, two: int) -> int:
-        monkeypatch.delattr(file_module, "max")
+        monkeypatch.delattr(cold, "max")
         larger = max(one, two)
         other.start()
         lock.met.wait()  # the other thread is done, or waits until this one is
         return larger
 
-    monkeypatch.setattr(file_module, "max", overtaken, raising=False)
+    monkeypatch.setattr(cold, "max", overtaken, raising=False)
     await file.write(0, b"x" * 512)
     other.join()
     assert file.size == MIB
