@@ -3,7 +3,7 @@
 import json
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 TIMEOUT_S = 100.0
 
@@ -81,3 +81,11 @@ def content(path: Path, image_format: str = "qcow2", *, snapshot: str | None = N
         return raw.read_bytes()
     finally:
         raw.unlink()
+
+
+def map_of(path: Path, image_format: str) -> list[dict[str, Any]]:
+    """What `qemu-img map` tells about an image, extent by extent."""
+    extents: list[dict[str, Any]] = json.loads(
+        qemu("qemu-img", "map", "--output=json", "-f", image_format, path)
+    )
+    return extents

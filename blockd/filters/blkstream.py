@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 # The most that one copy takes: a guest write into part of a cluster may have to wait for it.
 COPY_LENGTH_MAX = 4 * MIB
 
+_DATA = (Kind.DATA,)
+_DATA_AND_ZERO = (Kind.DATA, Kind.ZERO)
+
 
 class BlkStream(FilterNode):
     """The filter over one active image; `base` None copies everything."""
@@ -47,6 +50,11 @@ class BlkStream(FilterNode):
                   cluster borders or the disk's end. May stop before the end of the range.
         Needs:    offset is a multiple of the cluster size.
         """
+        # Without a base, zeroes of the backing need no copy: unallocated reads as zeroes in the end.
+        return await self._missing(offset, length, _DATA if self.base is None else _DATA_AND_ZERO)
+
+    async def _missing(self, offset: int, length: int, kinds: tuple[Kind, ...]) -> list[Extent]:
+        """Tell the same about what is of these kinds below."""
         own = await self.active.map(offset, length)
         first = own[0]
         if first.kind is not Kind.UNALLOCATED or self.active.backing is None:
@@ -55,17 +63,12 @@ class BlkStream(FilterNode):
         found: list[Extent] = []
         for extent in below:
             start = found[-1].end if found else first.offset
-            is_needed = extent.kind in self._kinds_to_copy
+            is_needed = extent.kind in kinds
             end = self._align_end(extent.end, up=is_needed)
             if start < end:
                 found.append(self._extent(start, end, is_needed=is_needed))
         # Less than a cluster was looked at: taking it for needed costs a copy at most.
         return found or [self._extent(first.offset, self._align_end(below[-1].end, up=True), is_needed=True)]
-
-    @property
-    def _kinds_to_copy(self) -> tuple[Kind, ...]:
-        """Without a base, zeroes of the backing need no copy: unallocated reads as zeroes in the end."""
-        return (Kind.DATA,) if self.base is None else (Kind.DATA, Kind.ZERO)
 
     def _align_end(self, end: int, *, up: bool) -> int:
         if end >= self.size:
@@ -94,7 +97,8 @@ class BlkStream(FilterNode):
         end = min(align_up(offset + length, self.cluster_size), self.size)
         position = align_down(offset, self.cluster_size)
         while position < end:
-            for extent in await self.missing(position, end - position):
+            # Holes of the backing, too: once recorded as zero, they are not asked for again.
+            for extent in await self._missing(position, end - position, _DATA_AND_ZERO):
                 if extent.kind is Kind.DATA:
                     await self._populate_pieces(extent)
                 position = extent.end
