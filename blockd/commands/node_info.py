@@ -133,12 +133,18 @@ def _image_info(node: BlockNode) -> ImageInfo:
         virtual_size=align_up(node.size, SECTOR_SIZE),
         actual_size=_actual_size(node),
         dirty_flag=_is_dirty(node),
-        cluster_size=node.cluster_size if node.cluster_size > 1 else None,
+        cluster_size=_cluster_size(node),
         backing_filename=recorded,
         full_backing_filename=beside(node.filename, recorded) if recorded else None,
         backing_filename_format=node.backing_format if isinstance(node, OverlayNode) and recorded else None,
         format_specific=_format_specific(node),
     )
+
+
+def _cluster_size(node: BlockNode) -> int | None:
+    if isinstance(node, Qcow2Image):
+        return node.metadata.header.cluster_size  # also if its subclusters are what is allocated
+    return node.cluster_size if node.cluster_size > 1 else None
 
 
 def _is_dirty(node: BlockNode) -> bool:
@@ -160,7 +166,7 @@ def _format_specific(node: BlockNode) -> FormatSpecific | None:
         lazy_refcounts=bool(header.compatible & _LAZY_REFCOUNTS),
         refcount_bits=1 << header.refcount_order,
         corrupt=bool(header.incompatible & _CORRUPT),
-        extended_l2=False,
+        extended_l2=header.has_extended_l2,
     )
     return FormatSpecific(type="qcow2", data=data)
 

@@ -35,6 +35,9 @@ FEATURES: dict[str, tuple[str, ...]] = {
     "64-bit refcounts, 512-byte clusters": ("refcount_bits=64", "cluster_size=512"),
     "lazy refcounts": ("lazy_refcounts=on",),
     "preallocated metadata": ("preallocation=metadata",),
+    "extended L2": ("extended_l2=on",),
+    "extended L2, 16 KiB clusters": ("extended_l2=on", "cluster_size=16k"),
+    "extended L2, preallocated": ("extended_l2=on", "preallocation=metadata"),
     "preallocated": ("preallocation=falloc",),
     "preallocated in full": ("preallocation=full",),
     "preallocated version 2": ("preallocation=metadata", "compat=0.10"),
@@ -136,6 +139,7 @@ COMPRESSIONS = {
     "zlib, small clusters": ("cluster_size=4k",),
     "zstd, large clusters": ("compression_type=zstd", "cluster_size=2M"),
     "zlib, version 2": ("compat=0.10",),
+    "extended L2": ("extended_l2=on",),
 }
 
 
@@ -219,6 +223,7 @@ SNAPSHOT_OPTIONS = {
     "512-byte clusters": ("cluster_size=512",),
     "4-bit refcounts": ("refcount_bits=4", "cluster_size=4k"),
     "version 2": ("compat=0.10", "cluster_size=4k"),
+    "extended L2": ("extended_l2=on", "cluster_size=16k"),
 }
 
 

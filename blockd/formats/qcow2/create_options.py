@@ -11,6 +11,7 @@ from blockd.formats.qcow2.header import (
     L1_SIZE_MAX,
     L2_ENTRY_SIZE,
     REFCOUNT_ORDER_MAX,
+    SUBCLUSTER_COUNT,
 )
 from blockd.units import KIB, SECTOR_SIZE, format_size
 
@@ -21,8 +22,7 @@ PREALLOCATION_MODES = ("off", "metadata", "falloc", "full")
 _VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 _ENTRY_SIZE = 8
 _CLUSTER_SIZE_MIN, _CLUSTER_SIZE_MAX = 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX
-# 32 subclusters of at least a sector each.
-_EXTENDED_CLUSTER_SIZE_MIN = 32 * SECTOR_SIZE
+_EXTENDED_CLUSTER_SIZE_MIN = SUBCLUSTER_COUNT * SECTOR_SIZE
 _NEEDS_VERSION_3 = "compatibility level 1.1 and above (use version=v3 or greater)"
 
 

@@ -44,7 +44,7 @@ async def fill(
     await metadata.relieve()
     pieces: list[Piece] = []
     try:
-        for start, end in await _empty_ranges(image, offset, length):
+        for start, end in await empty_ranges(image, offset, length):
             for piece_start, piece_end, is_zero in split_zeroes(image, start, end, offset, source):
                 can_be_zero = is_zero and metadata.knows_zero
                 pieces += await _place(metadata, piece_start, piece_end, is_zero=can_be_zero)
@@ -60,7 +60,7 @@ async def fill(
     return await _publish(metadata, pieces, zero_clusters, is_wanted)
 
 
-async def _empty_ranges(image: "Qcow2Image", offset: int, length: int) -> list[tuple[int, int]]:
+async def empty_ranges(image: "Qcow2Image", offset: int, length: int) -> list[tuple[int, int]]:
     """The ranges of unallocated clusters, rounded up to whole clusters at the disk's end."""
     ranges = []
     end = offset + length

@@ -41,9 +41,10 @@ INCOMPATIBLE_COMPRESSION = 1 << 3
 INCOMPATIBLE_EXTENDED_L2 = 1 << 4
 _INCOMPATIBLE_NAMES = {
     INCOMPATIBLE_DATA_FILE: "external data file",
-    INCOMPATIBLE_EXTENDED_L2: "extended L2 entries",
 }
-_INCOMPATIBLE_KNOWN = INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION
+_INCOMPATIBLE_KNOWN = (
+    INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT | INCOMPATIBLE_COMPRESSION | INCOMPATIBLE_EXTENDED_L2
+)
 
 COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 
@@ -74,8 +75,9 @@ HEADER_LENGTH = 112
 HEADER_LENGTH_V2 = _V2.size
 
 L2_ENTRY_SIZE = 8
-# The second half is the bitmap of the subclusters.
+# The second half is the bitmap of the subclusters, which are at least a sector each.
 EXTENDED_L2_ENTRY_SIZE = 16
+SUBCLUSTER_COUNT = 32
 
 
 class Extension(NamedTuple):
@@ -114,6 +116,11 @@ class Header:
     @property
     def has_extended_l2(self) -> bool:
         return bool(self.incompatible & INCOMPATIBLE_EXTENDED_L2)
+
+    @property
+    def subcluster_size(self) -> int:
+        """What is allocated at a time: a part of a cluster with extended L2 entries, else a whole one."""
+        return self.cluster_size // SUBCLUSTER_COUNT if self.has_extended_l2 else self.cluster_size
 
     @property
     def l2_entry_size(self) -> int:
@@ -248,6 +255,8 @@ def _parse_backing(data: bytes, header: Header, offset: int, length: int, name: 
 def _check_bounds(header: Header, name: str) -> None:
     if header.refcount_order > REFCOUNT_ORDER_MAX:
         raise ImageError(f"'{name}': refcount_order {header.refcount_order} is larger than 6")
+    if header.subcluster_size < SECTOR_SIZE:
+        raise ImageError(f"'{name}': clusters of {header.cluster_size} bytes are too small for subclusters")
     if header.l1_entry_count * 8 > L1_SIZE_MAX:
         raise ImageError(f"'{name}': an L1 table of {header.l1_entry_count} entries is larger than 32 MiB")
     if header.l1_entry_count < l1_entry_count_for(header.size, header.cluster_bits, header.l2_entry_size):

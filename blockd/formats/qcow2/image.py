@@ -5,7 +5,7 @@ until they are done (`Allocator.plan`). Writes to clusters of their own go strai
 everything that changes the map is in writes.py and fill.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Mapping as MappingView
 from typing import Self
 
@@ -17,32 +17,29 @@ from blockd.extents import Extent, Kind, merged
 from blockd.formats.qcow2.compressed import CompressedCluster
 from blockd.formats.qcow2.corruption import Corruption, condemning
 from blockd.formats.qcow2.fill import fill
+from blockd.formats.qcow2.lookup import Lookup
 from blockd.formats.qcow2.mapping import (
     COMPRESSED,
     COPIED,
     OFFSET_MASK,
     STATE_MASK,
     ZERO,
-    L2Table,
     compressed_extent,
 )
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.formats.qcow2.resize import grow
+from blockd.formats.qcow2.subcluster_fill import fill_subclusters
+from blockd.formats.qcow2.subcluster_lookup import SubclusterLookup
+from blockd.formats.qcow2.subcluster_writes import SubclusterWrites
 from blockd.formats.qcow2.writes import GuestWrites
-from blockd.units import MIB, align_down
-
-# A range of clusters that differ in where they are, or one that would have to be looked up on disk.
-_MIXED = -1
+from blockd.units import MIB
 
 # Larger requests are read with one thread hop: copying this much takes long enough.
 NOWAIT_LENGTH_MAX = 1 * MIB
 
-# How many clusters are looked up before others get their turn.
-RUN_CLUSTER_COUNT_MAX = 512
-
 
 class Qcow2Image(OverlayNode):
-    """A qcow2 version 3 image; read-only also version 2."""
+    """A qcow2 image; with extended L2 entries its `cluster_size` is that of a subcluster."""
 
     driver = "qcow2"
 
@@ -60,16 +57,15 @@ class Qcow2Image(OverlayNode):
         header = metadata.header
         self.metadata = metadata
         self.size = header.size
-        self.cluster_size = header.cluster_size
+        self.cluster_size = header.subcluster_size
         self.backing_filename = header.backing_filename
         self.backing_format = header.backing_format
-        self._mapping = metadata.mapping
         self._reserved = metadata.reserved
         self._cluster_bits = header.cluster_bits
         self._cluster_mask = header.cluster_size - 1
-        self._table_bits = metadata.mapping.table_bits
-        self._index_mask = metadata.mapping.index_mask
-        self._writes = GuestWrites(self, metadata)
+        lookup = SubclusterLookup(metadata) if header.has_extended_l2 else Lookup(metadata)
+        self.entry_nowait, self.runs = lookup.entry_nowait, lookup.runs
+        self._writes = (SubclusterWrites if header.has_extended_l2 else GuestWrites)(self, metadata)
 
     @classmethod
     async def open(cls, file: ProtocolNode, *, node_name: str, read_only: bool) -> Self:
@@ -88,37 +84,6 @@ class Qcow2Image(OverlayNode):
 
     # -- looking up ---------------------------------------------------------------------------
 
-    def entry_nowait(self, offset: int, length: int, mask: int = STATE_MASK) -> int:
-        """The masked map entry of a range whose clusters are alike, and neighbours where they have a place.
-
-        Returns a negative number for any other range, and when a table has to be read first.
-        """
-        l1_index = offset >> self._table_bits
-        last = offset + length - 1
-        if last >> self._table_bits != l1_index:
-            return _MIXED
-        table = self._mapping.tables.get(l1_index) or self._mapping.table_nowait(l1_index)
-        if table is None:
-            return _MIXED if self._mapping.l1[l1_index] else 0
-        index = (offset >> self._cluster_bits) & self._index_mask
-        count = (last >> self._cluster_bits) - (offset >> self._cluster_bits)
-        entry = first = table.entries[index] & mask
-        if count:
-            step = self.cluster_size if entry & OFFSET_MASK else 0
-            for following in table.entries[index + 1 : index + 1 + count]:
-                entry += step
-                if following & mask != entry:
-                    return _MIXED
-        if first & OFFSET_MASK & self._cluster_mask and not first & COMPRESSED:
-            return _MIXED  # `runs` says what is wrong with it
-        return first
-
-    def _unaligned(self, offset: int, entry: int) -> Corruption:
-        return Corruption(
-            self.file,
-            f"the cluster of guest offset {offset:#x} has the unaligned host offset {entry & OFFSET_MASK:#x}",
-        )
-
     def misplaced(self, offset: int, host_offset: int) -> Corruption:
         """What to raise when the map puts a guest's data where none can be."""
         what = (
@@ -133,41 +98,6 @@ class Qcow2Image(OverlayNode):
     def kind_nowait(self, offset: int, length: int) -> Kind | None:
         entry = self.entry_nowait(offset, length)
         return None if entry < 0 else _kind(entry)
-
-    async def runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """Look a range up, reading tables as needed: (offset, length, entry) of clusters that are alike.
-
-        May stop before the end of the range: after one table, a stretch without tables, or many clusters.
-        """
-        l1_index = offset >> self._table_bits
-        table = await self._mapping.table(l1_index)
-        if table is None:
-            return [(offset, self._unmapped_length(l1_index, offset, length), 0)]
-        end = min(offset + length, (l1_index + 1) << self._table_bits)
-        end = min(end, align_down(offset, self.cluster_size) + RUN_CLUSTER_COUNT_MAX * self.cluster_size)
-        return list(self._table_runs(table, offset, end))
-
-    def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
-        start, first, distance = offset, None, 0
-        for cluster_offset in range(align_down(offset, self.cluster_size), end, self.cluster_size):
-            entry = table.entries[(cluster_offset >> self._cluster_bits) & self._index_mask] & STATE_MASK
-            if first is None or not _continues(first, distance, entry):
-                if first is not None:
-                    yield start, cluster_offset - start, first
-                if entry & OFFSET_MASK & self._cluster_mask and not entry & COMPRESSED:
-                    raise self._unaligned(cluster_offset, entry)
-                start, first, distance = max(offset, cluster_offset), entry, 0
-            distance += self.cluster_size
-        if first is not None:
-            yield start, end - start, first
-
-    def _unmapped_length(self, l1_index: int, offset: int, length: int) -> int:
-        end = offset + length
-        while (next_offset := (l1_index + 1) << self._table_bits) < end and not self._mapping.l1[
-            l1_index + 1
-        ]:
-            l1_index += 1
-        return min(next_offset, end) - offset
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -294,6 +224,9 @@ class Qcow2Image(OverlayNode):
         keep_cached: bool = False,
     ) -> FillCounts:
         self._require_writable()
+        if isinstance(self._writes, SubclusterWrites):
+            writes = self._writes
+            return await fill_subclusters(writes, offset, length, source, is_wanted, keep_cached=keep_cached)
         return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
 
     def require_streamable(self) -> None:
@@ -354,14 +287,3 @@ def _kind(entry: int) -> Kind:
     if entry & ZERO:
         return Kind.ZERO
     return Kind.DATA if entry else Kind.UNALLOCATED
-
-
-def _continues(first: int, distance: int, entry: int) -> bool:
-    """Whether the cluster of `entry` goes on where a run that began `distance` bytes before ends."""
-    if (first | entry) & COMPRESSED:
-        return False
-    if (first | entry) & ZERO:
-        return bool(first & entry & ZERO)
-    if not first or not entry:
-        return first == entry
-    return entry == first + distance

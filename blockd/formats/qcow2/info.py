@@ -94,6 +94,7 @@ class Qcow2Info:
     def image_info(self) -> dict[str, object]:
         """The members that QEMU's ImageInfo has for this format."""
         told: dict[str, object] = {
+            "cluster-size": self.header.cluster_size,
             "dirty-flag": self.is_dirty,
             "format-specific": {"type": "qcow2", "data": self.format_specific()},
         }

@@ -7,6 +7,9 @@ An L2 entry (u64, big endian on disk, native here):
     bit 62      compressed: the rest is a descriptor of its own
     bit 63      COPIED: the refcount is exactly one, so the cluster may be written in place
 
+An extended L2 entry has the bitmap of its subclusters (subcluster_lookup.py) behind it, as an item of
+`L2Table.entries` of its own.
+
 A table that a snapshot shares (the L1 entry is not COPIED) is never written: a copy takes its place.
 
 Memory holds the newest mapping; the disk gets it by checkpoints (checkpoint.py), which ask for the
@@ -116,8 +119,9 @@ class Mapping:
         self._load_lock = asyncio.Lock()
         self._table_count_max = max(L2_CACHE_COUNT_MIN, L2_CACHE_SIZE_MAX >> header.cluster_bits)
         # How many guest offset bits one L2 table covers.
-        self.table_bits = 2 * header.cluster_bits - 3
-        self.index_mask = (1 << header.cluster_bits - 3) - 1
+        index_bits = (header.cluster_size // header.l2_entry_size).bit_length() - 1
+        self.table_bits = header.cluster_bits + index_bits
+        self.index_mask = (1 << index_bits) - 1
 
     # -- looking up ---------------------------------------------------------------------------
 

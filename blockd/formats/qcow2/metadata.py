@@ -212,7 +212,7 @@ class Metadata:
             raise RequestError(
                 f"Can't resize '{self.file.filename}': it has snapshots that do not record their size"
             )
-        entry_count = headers.l1_entry_count_for(size, self.header.cluster_bits)
+        entry_count = headers.l1_entry_count_for(size, self.header.cluster_bits, self.header.l2_entry_size)
         if entry_count * 8 > headers.L1_SIZE_MAX:
             raise RequestError(
                 f"A qcow2 image with {self.header.cluster_size} byte clusters cannot be so large"

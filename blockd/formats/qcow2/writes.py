@@ -8,7 +8,7 @@ snapshot shares live on. A zero cluster that has a place of its own in the file 
 Version 2 has no zero clusters: there zeroes over a backing are data.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockd.block.file_events import FileEvent
@@ -46,7 +46,7 @@ class GuestWrites:
         self._metadata = metadata
         self._mapping = metadata.mapping
         self._allocator = metadata.allocator
-        self._cluster_size = metadata.header.cluster_size
+        self._cluster_size = image.cluster_size
         self._knows_zero = metadata.knows_zero
         self.ranges = RangeLock()
 
@@ -195,8 +195,13 @@ class GuestWrites:
         l1_index = offset >> self._mapping.table_bits
         table = self._mapping.tables[l1_index]
         index = (offset >> self._mapping.cluster_bits) & self._mapping.index_mask
+        self._let_go(offset, table.entries[index : index + len(entries)], entries)
+        self._mapping.set_entries(l1_index, table, index, entries)
+
+    def _let_go(self, offset: int, old_entries: Sequence[int], new_entries: Sequence[int]) -> None:
+        """Free what the entries of some clusters named, unless those that replace them still do."""
         freed: list[Run] = []
-        for old, new in zip(table.entries[index : index + len(entries)], entries, strict=True):
+        for old, new in zip(old_entries, new_entries, strict=True):
             if old & OFFSET_MASK and (old ^ new) & OFFSET_MASK:
                 run = stored_run(old, self._mapping.cluster_bits)
                 if not self._metadata.reserved.isdisjoint(self._allocator.host_offsets(run)):
@@ -204,7 +209,6 @@ class GuestWrites:
                 freed.append(run)
         for run in freed:
             self._allocator.free(run)
-        self._mapping.set_entries(l1_index, table, index, entries)
 
     # -- zeroes and discard -------------------------------------------------------------------
 
@@ -217,7 +221,7 @@ class GuestWrites:
         first = min(align_up(offset, self._cluster_size), end)
         last = max(self._cluster_end(end), first)
         await self._zero_part(offset, first)
-        await self._change_clusters(first, last, self._unmapped_zero if unmap else self._kept_zero)
+        await self._zero_clusters(first, last, unmap=unmap)
         await self._zero_part(last, end)
 
     async def discard(self, offset: int, length: int) -> None:
@@ -225,7 +229,7 @@ class GuestWrites:
         if not self._knows_zero and self._image.backing is not None:
             return
         first = align_up(offset, self._cluster_size)
-        await self._change_clusters(first, self._cluster_end(offset + length), self._unmapped_zero)
+        await self._zero_clusters(first, self._cluster_end(offset + length), unmap=True)
 
     def _cluster_end(self, end: int) -> int:
         """The end of the last whole cluster; the disk's end completes its cluster."""
@@ -253,8 +257,9 @@ class GuestWrites:
         is_own = self._knows_zero and entry & (COPIED | COMPRESSED) == COPIED
         return entry | ZERO if is_own else self._unmapped_zero(entry)
 
-    async def _change_clusters(self, start: int, end: int, change: Callable[[int], int]) -> None:
-        """Replace the map entries of a range, table by table."""
+    async def _zero_clusters(self, start: int, end: int, *, unmap: bool) -> None:
+        """Turn whole clusters into zero clusters, table by table."""
+        change = self._unmapped_zero if unmap else self._kept_zero
         while start < end:
             l1_index = start >> self._mapping.table_bits
             piece_end = min(end, (l1_index + 1) << self._mapping.table_bits)

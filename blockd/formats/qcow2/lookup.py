@@ -1,0 +1,108 @@
+"""Looking a range of the guest's disk up in the map: what its clusters are, and where.
+
+What is told of neighbouring clusters that are alike is the map entry of the first one.
+"""
+
+from collections.abc import Iterator
+
+from blockd.formats.qcow2.corruption import Corruption
+from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, STATE_MASK, ZERO, L2Table
+from blockd.formats.qcow2.metadata import Metadata
+from blockd.units import align_down
+
+# A range of clusters that differ in where they are, or one that would have to be looked up on disk.
+MIXED = -1
+
+# How many clusters are looked up before others get their turn.
+RUN_CLUSTER_COUNT_MAX = 512
+
+
+class Lookup:
+    """The map of an image whose clusters are allocated whole."""
+
+    def __init__(self, metadata: Metadata) -> None:
+        header = metadata.header
+        self._file = metadata.file
+        self._mapping = metadata.mapping
+        self._cluster_bits = header.cluster_bits
+        self._cluster_size = header.cluster_size
+        self._cluster_mask = header.cluster_size - 1
+        self._table_bits = metadata.mapping.table_bits
+        self._index_mask = metadata.mapping.index_mask
+
+    def entry_nowait(self, offset: int, length: int, mask: int = STATE_MASK) -> int:
+        """The masked map entry of a range whose clusters are alike, and neighbours where they have a place.
+
+        Returns a negative number for any other range, and when a table has to be read first.
+        """
+        l1_index = offset >> self._table_bits
+        last = offset + length - 1
+        if last >> self._table_bits != l1_index:
+            return MIXED
+        table = self._mapping.tables.get(l1_index) or self._mapping.table_nowait(l1_index)
+        if table is None:
+            return MIXED if self._mapping.l1[l1_index] else 0
+        index = (offset >> self._cluster_bits) & self._index_mask
+        count = (last >> self._cluster_bits) - (offset >> self._cluster_bits)
+        entry = first = table.entries[index] & mask
+        if count:
+            step = self._cluster_size if entry & OFFSET_MASK else 0
+            for following in table.entries[index + 1 : index + 1 + count]:
+                entry += step
+                if following & mask != entry:
+                    return MIXED
+        if first & OFFSET_MASK & self._cluster_mask and not first & COMPRESSED:
+            return MIXED  # `runs` says what is wrong with it
+        return first
+
+    async def runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """Look a range up, reading tables as needed: (offset, length, entry) of clusters that are alike.
+
+        May stop before the end of the range: after one table, a stretch without tables, or many clusters.
+        """
+        l1_index = offset >> self._table_bits
+        table = await self._mapping.table(l1_index)
+        if table is None:
+            return [(offset, self._unmapped_length(l1_index, offset, length), 0)]
+        end = min(offset + length, (l1_index + 1) << self._table_bits)
+        end = min(end, align_down(offset, self._cluster_size) + RUN_CLUSTER_COUNT_MAX * self._cluster_size)
+        return list(self._table_runs(table, offset, end))
+
+    def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        start, first, distance = offset, None, 0
+        for cluster_offset in range(align_down(offset, self._cluster_size), end, self._cluster_size):
+            entry = table.entries[(cluster_offset >> self._cluster_bits) & self._index_mask] & STATE_MASK
+            if first is None or not continues(first, distance, entry):
+                if first is not None:
+                    yield start, cluster_offset - start, first
+                if entry & OFFSET_MASK & self._cluster_mask and not entry & COMPRESSED:
+                    raise self._unaligned(cluster_offset, entry)
+                start, first, distance = max(offset, cluster_offset), entry, 0
+            distance += self._cluster_size
+        if first is not None:
+            yield start, end - start, first
+
+    def _unmapped_length(self, l1_index: int, offset: int, length: int) -> int:
+        end = offset + length
+        while (next_offset := (l1_index + 1) << self._table_bits) < end and not self._mapping.l1[
+            l1_index + 1
+        ]:
+            l1_index += 1
+        return min(next_offset, end) - offset
+
+    def _unaligned(self, offset: int, entry: int) -> Corruption:
+        return Corruption(
+            self._file,
+            f"the cluster of guest offset {offset:#x} has the unaligned host offset {entry & OFFSET_MASK:#x}",
+        )
+
+
+def continues(first: int, distance: int, entry: int) -> bool:
+    """Whether the cluster of `entry` goes on where a run that began `distance` bytes before ends."""
+    if (first | entry) & COMPRESSED:
+        return False
+    if (first | entry) & ZERO:
+        return bool(first & entry & ZERO)
+    if not first or not entry:
+        return first == entry
+    return entry == first + distance
