@@ -52,11 +52,17 @@ class Life:
     is_slow: bool
     steps: list[Step] = field(default_factory=list)
     image_format: str = "qcow2"
+    # What else the images are made with.
+    options: tuple[tuple[str, object], ...] = ()
 
     async def run(self) -> Scene:
         """Live it; at the end the power is cut."""
         scene = Scene(
-            *self.geometry, image_format=self.image_format, base_name=self.base_name, is_slow=self.is_slow
+            *self.geometry,
+            image_format=self.image_format,
+            options=dict(self.options),
+            base_name=self.base_name,
+            is_slow=self.is_slow,
         )
         async with scene.running():
             for step in self.steps:

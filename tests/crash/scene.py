@@ -78,7 +78,7 @@ class Scene:
         cluster_count: int,
         *,
         image_format: str = "qcow2",
-        options: Mapping[str, int] | None = None,
+        options: Mapping[str, object] | None = None,
         base_name: str | None = None,
         file_type: type[RecordingFile] = RecordingFile,
         is_slow: bool = False,
@@ -88,7 +88,7 @@ class Scene:
     ) -> None:
         self.cluster_size = cluster_size
         self.cluster_count = cluster_count
-        # Of the active images; the backings are of others.
+        # Of the active images; the backings are of others. `cluster_size` is what is allocated at a time.
         self.image_format = image_format
         self._options = options or {}
         # So many clusters of the backing lie behind the end of the active image at first.
@@ -167,10 +167,9 @@ class Scene:
             made,
             size,
             self.image_format,
-            cluster_size=self.cluster_size,
             backing_filename=backing_name,
             backing_format=backing_format,
-            **self._options,
+            **{"cluster_size": self.cluster_size, **self._options},
         )
         content = bytes(made.disk) if self.files else self._prepare(bytes(made.disk))
         file = self._recorded(content, made.filename)

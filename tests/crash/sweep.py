@@ -21,10 +21,13 @@ from pathlib import Path
 
 from tests.crash.judge import Judge
 from tests.crash.lives import draw, judge_life
+from tests.crash.variants import VARIANTS
 
 STEP_COUNT = 25
 # Lives that a process takes at a time.
 BLOCK_LENGTH = 20
+# What images are made with, one life after the other.
+OPTIONS = [(), *VARIANTS.values()]
 
 
 def sweep_block(first_seed: int) -> Counter[str]:
@@ -36,7 +39,9 @@ def sweep_block(first_seed: int) -> Counter[str]:
         judge = Judge(rerun_every=16, qemu_every=2000, folder=Path(folder))
         for seed in range(first_seed, first_seed + BLOCK_LENGTH):
             try:
-                asyncio.run(judge_life(judge, draw(random.Random(seed), STEP_COUNT), seed))
+                life = draw(random.Random(seed), STEP_COUNT)
+                life.options = OPTIONS[seed % len(OPTIONS)]
+                asyncio.run(judge_life(judge, life, seed))
             except Exception as error:
                 raise AssertionError(f"the life of seed {seed} goes wrong: {error!r}") from error
     return Counter(

@@ -210,12 +210,12 @@ class Workload:
     prepare: Callable[[bytes], bytes] = bytes
     image_format: str = "qcow2"
     # What else the active images are made with.
-    options: tuple[tuple[str, int], ...] = ()
+    options: tuple[tuple[str, object], ...] = ()
+    variant: str = ""
 
     def __str__(self) -> str:
-        return (
-            self.run.__name__ if self.image_format == "qcow2" else f"{self.image_format}: {self.run.__name__}"
-        )
+        kind = self.variant or (self.image_format if self.image_format != "qcow2" else "")
+        return f"{kind}: {self.run.__name__}" if kind else self.run.__name__
 
     @property
     def is_large(self) -> bool:
