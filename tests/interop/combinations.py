@@ -73,9 +73,7 @@ class Combination(NamedTuple):
 
 
 # What blockd does not do yet. To be empty.
-MISSING: Mapping[str, Callable[[Combination], bool]] = {
-    "extended L2": lambda image: image.options.get("extended_l2") == "on",
-}
+MISSING: Mapping[str, Callable[[Combination], bool]] = {}
 
 
 def combinations() -> Iterator[Combination]:
