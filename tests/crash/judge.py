@@ -182,10 +182,9 @@ async def _backing(scene: Scene, disks: Disks, name: str | None) -> BlockNode | 
 
 
 async def problems_after_crash(
-    disk: bytes, backings: Mapping[str | None, BlockNode | None], moments: Iterable[AfterCrash]
+    file: RecordingFile, backings: Mapping[str | None, BlockNode | None], moments: Iterable[AfterCrash]
 ) -> list[str]:
     """Everything that is wrong with one file that a crash left; it has to record one of `backings`."""
-    file = RecordingFile(disk)
     report = await check(file)
     problems = [str(finding) for finding in report.findings if not finding.is_leak]
     image = await open_overlay(file, None, read_only=True)

@@ -15,7 +15,6 @@ import pytest
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.errors import RequestError
-from blockd.formats.qcow2.check import check
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.stream import StreamJob
 from tests import qemu_img
@@ -25,7 +24,7 @@ from tests.guest import Guest, RootDisk
 from tests.inline_threads import steps, use_inline_threads
 from tests.model import AfterCrash, ModelDisk, drawn
 from tests.recording import RecordingFile, Timeline
-from tests.streaming import Streaming, open_overlay, overlay, streaming
+from tests.streaming import Streaming, check, open_overlay, overlay, streaming
 
 SEEDS_PER_TEST = 20
 
@@ -33,9 +32,11 @@ SEEDS_PER_TEST = 20
 class Life:
     """One disk from its making to its end; everything follows from the seed, but for real threads."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, image_format: str) -> None:
         self.rng = random.Random(seed)
-        self.cluster_size = self.rng.choice([512, 1024, 4096])
+        # Of the active images; the backings are of others.
+        self.image_format = image_format
+        self.cluster_size = self.rng.choice([512, 1024, 4096]) if image_format == "qcow2" else 4096
         self.cluster_count = self.rng.choice([6, 20, 70])
         self.nodes: dict[str | None, BlockNode | None] = {None: None}
         self.file = RecordingFile()
@@ -75,10 +76,7 @@ class Life:
             node = await self._layer(node, layers[-1], f"layer{depth}.qcow2")
         layers.append("-" * self.cluster_count)
         self.model = ModelDisk(drawn(layers, self.cluster_size))
-        made = RecordingFile()
-        await overlay(made, node, self.model.size, cluster_size=self.cluster_size)
-        self.file = self._record(bytes(made.disk), "active.qcow2")
-        return await open_overlay(self.file, node)
+        return await self._new_active("active", node)
 
     def _drawing(self, kinds: str, share: float) -> str:
         return "".join(self.rng.choices(kinds, k=int(self.cluster_count * share)))
@@ -97,13 +95,28 @@ class Life:
         self._remember(image)
         return image
 
-    def _record(self, content: bytes, name: str) -> RecordingFile:
-        file = RecordingFile(content, name)
-        file.is_slow = self.rng.random() < 0.5
+    async def _new_active(self, name: str, below: BlockNode) -> OverlayNode:
+        """An empty image over `below`, whose files are recorded together from now on."""
+        made = RecordingFile(name=f"{name}.{self.image_format}")
+        if self.image_format == "add-cow":
+            made.beside = RecordingFile(name=f"{name}.data")
+        await overlay(
+            made, below, self.model.size, cluster_size=self.cluster_size, image_format=self.image_format
+        )
+        self.file = made.again()
+        is_slow = self.rng.random() < 0.5
         moments: list[AfterCrash] = []
-        file.on_entry = lambda: moments.append(self.model.after_crash())
+        for file in self._files:
+            file.is_slow = is_slow
+            file.tape = self.file.tape
+            file.on_entry = lambda: moments.append(self.model.after_crash())
         self.moments = moments
-        return file
+        return await open_overlay(self.file, below)
+
+    @property
+    def _files(self) -> list[RecordingFile]:
+        """The files of the active image."""
+        return [self.file] if self.file.beside is None else [self.file, self.file.beside]
 
     def _remember(self, node: BlockNode) -> None:
         self.nodes[node.filename] = node
@@ -161,29 +174,28 @@ class Life:
             return
         self.switch_count += 1
         old = self.disk.active
-        file = RecordingFile(name=f"switched{self.switch_count}.qcow2")
-        await overlay(file, old, self.model.size, cluster_size=self.cluster_size)
-        self.file = self._record(bytes(file.disk), file.filename)
-        await self.disk.switch(await open_overlay(self.file, old))
+        await self.disk.switch(await self._new_active(f"switched{self.switch_count}", old))
         self._remember(old)
 
     # -- afterwards -----------------------------------------------------------------------------
 
     async def check_alone(self) -> None:
         """The image needs nothing below it, holds what the guest wrote, and leaks nothing."""
-        report = await check(RecordingFile(bytes(self.file.disk)))
+        report = await check(self.file.again())
         assert (report.corruptions, report.leaks) == (0, 0), report.findings
-        image = await open_overlay(RecordingFile(bytes(self.file.disk)), None, read_only=True)
+        image = await open_overlay(self.file.again(), None, read_only=True)
         assert image.backing_filename is None
         assert await read_all(image) == self.model.content
 
     async def check_some_crashes(self, count: int) -> None:
         """A few of the disks that a crash could have left while all went on at once."""
-        timeline = Timeline([self.file])
-        positions = set(self.rng.sample(range(len(self.file.log) + 1), min(count, len(self.file.log))))
-        for position, what, [disk] in timeline.states(self.rng, subset_count=1, positions=positions):
+        timeline, length = Timeline(self._files, self.file.tape), len(self.file.tape)
+        positions = set(self.rng.sample(range(length + 1), min(count, length)))
+        for position, what, disks in timeline.states(self.rng, subset_count=1, positions=positions):
             moments = [self.moments[position], self.moments[max(0, position - 1)]]
-            problems = await problems_after_crash(disk, self.nodes, moments)
+            file, *others = map(RecordingFile, disks)
+            file.beside = others[0] if others else None
+            problems = await problems_after_crash(file, self.nodes, moments)
             assert not problems, f"crash after entry {position}, {what}: {problems[:5]}"
 
     def check_in_qemu(self, folder: Path) -> None:
@@ -196,8 +208,8 @@ class Life:
         qemu_img.assert_same(path, "qcow2", expected, "raw")
 
 
-async def _live(seed: int, *, guest_count: int, step_count: int) -> Life:
-    life = Life(seed)
+async def _live(seed: int, *, guest_count: int, step_count: int, image_format: str = "qcow2") -> Life:
+    life = Life(seed, image_format)
     try:
         await life.live(guest_count=guest_count, step_count=step_count)
         await life.check_alone()
@@ -215,6 +227,18 @@ async def test_random_lives(tmp_path: Path, block: int) -> None:
     for seed in range(block * SEEDS_PER_TEST, (block + 1) * SEEDS_PER_TEST):
         life = await _live(seed, guest_count=1 + seed % 4, step_count=24)
     life.check_in_qemu(tmp_path)
+
+
+async def test_random_lives_on_add_cow() -> None:
+    for seed in range(SEEDS_PER_TEST):
+        await _live(seed, guest_count=1 + seed % 4, step_count=24, image_format="add-cow")
+
+
+@pytest.mark.slow
+async def test_many_random_lives_on_add_cow() -> None:
+    use_inline_threads()
+    for seed in range(10_000, 10_030):
+        await _live(seed, guest_count=1 + seed % 6, step_count=60, image_format="add-cow")
 
 
 @pytest.mark.slow
