@@ -81,13 +81,18 @@ def beside(file: ProtocolNode) -> RecordingFile:
 
 
 async def open_overlay(
-    file: ProtocolNode, backing: BlockNode | None, *, read_only: bool = False
+    file: ProtocolNode,
+    backing: BlockNode | None,
+    *,
+    read_only: bool = False,
+    image_file: ProtocolNode | None = None,
 ) -> OverlayNode:
-    """Open the image in a file, whatever its format."""
+    """Open the image in a file, whatever its format; an add-cow image has its data in `image_file`."""
     image = await FORMATS[await format_of(file)].open(file, "active", read_only)
     assert isinstance(image, OverlayNode)
     if isinstance(image, AddCowImage):
-        image.attach(await RawImage.open(beside(file), node_name="image", read_only=read_only))
+        data = image_file or beside(file)
+        image.attach(await RawImage.open(data, node_name="image", read_only=read_only))
     image.backing = backing
     return image
 

@@ -12,7 +12,6 @@ from blockd.block.root import Root
 from blockd.errors import StorageError
 from blockd.filters.fault_rules import Fault, FaultRules, IoType, Rule, StateRule
 from blockd.filters.faults import FaultsNode
-from blockd.formats.qcow2.check import check
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.job import OnError
 from blockd.jobs.manager import JobManager
@@ -21,7 +20,7 @@ from tests.chains import read_all
 from tests.guest import Guest, RootDisk
 from tests.model import ModelDisk, drawn
 from tests.recording import RecordingFile
-from tests.streaming import Observer, Streaming, open_overlay, overlay
+from tests.streaming import Observer, Streaming, check, open_overlay, overlay
 
 CLUSTER = 512
 
@@ -38,19 +37,24 @@ class Site:
         return f"{self.io_type} at {self.event} of the {self.file}"
 
 
-class NthRules(FaultRules):
-    """Fail the `number`-th operation of a kind; counts the faults that were met."""
+class CountingRules(FaultRules):
+    """Counts the faults that were met."""
 
-    def __init__(self, site: Site, number: int, code: int, *, once: bool) -> None:
-        self.fault_count = 0
-        rule = Rule(site.event, Fault(code), state=number, io_types=frozenset({site.io_type}), once=once)
-        counting = [StateRule(site.event, state + 1, state) for state in range(1, number)]
-        super().__init__([rule], states=counting)
+    fault_count = 0
 
     def take(self, io_type: IoType, offset: int = 0, length: int = 0) -> Fault:
         fault = super().take(io_type, offset, length)
         self.fault_count += fault.errno != 0
         return fault
+
+
+class NthRules(CountingRules):
+    """Fail the `number`-th operation of a kind."""
+
+    def __init__(self, site: Site, number: int, code: int, *, once: bool) -> None:
+        rule = Rule(site.event, Fault(code), state=number, io_types=frozenset({site.io_type}), once=once)
+        counting = [StateRule(site.event, state + 1, state) for state in range(1, number)]
+        super().__init__([rule], states=counting)
 
 
 def nth(site: Site, number: int, code: int = errno.EIO, *, once: bool = True) -> dict[str, object]:
@@ -65,19 +69,20 @@ class Rig:
     """One disk with a guest, whose files fail by `rules`."""
 
     disk: Streaming
-    rules: NthRules
+    rules: CountingRules
     observer: Observer
     model: ModelDisk
     base: BlockNode
     recording: RecordingFile
     faults: FaultsNode
     base_faults: FaultsNode
+    cluster_size: int = CLUSTER
     guest: Guest = field(init=False)
     errors: list[StorageError] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         disk = RootDisk(self.disk.root)
-        self.guest = Guest(disk, self.model, random.Random(0), cluster_size=CLUSTER)
+        self.guest = Guest(disk, self.model, random.Random(0), cluster_size=self.cluster_size)
 
     # -- what a guest does, which may fail ------------------------------------------------------
 
@@ -93,7 +98,7 @@ class Rig:
     async def _attempt(
         self, change: Callable[[int, int], Awaitable[None]], first: float, count: float
     ) -> None:
-        offset, length = int(first * CLUSTER), int(count * CLUSTER)
+        offset, length = int(first * self.cluster_size), int(count * self.cluster_size)
         try:
             await self.guest.read(offset, length)  # settles what an earlier failure left open
             await change(offset, length)
@@ -105,7 +110,7 @@ class Rig:
 
     async def read(self, first: float, count: float) -> None:
         try:
-            await self.guest.read(int(first * CLUSTER), int(count * CLUSTER))
+            await self.guest.read(int(first * self.cluster_size), int(count * self.cluster_size))
         except StorageError as error:
             self.errors.append(error)
 
@@ -117,11 +122,11 @@ class Rig:
 
     async def resize(self, cluster_count: int) -> None:
         """Grow, a second time if it fails once."""
-        self.model.begin_resize(cluster_count * CLUSTER)
+        self.model.begin_resize(cluster_count * self.cluster_size)
         for _ in range(2):
             try:
                 async with self.disk.root.request() as node:
-                    await node.resize(cluster_count * CLUSTER)
+                    await node.resize(cluster_count * self.cluster_size)
                 break
             except StorageError as error:
                 self.errors.append(error)
@@ -149,7 +154,7 @@ class Rig:
 
     async def assert_valid(self) -> None:
         """The file as it is now, after a SIGKILL say, is an image without corruption."""
-        report = await check(RecordingFile(bytes(self.recording.disk)))
+        report = await check(self.recording.again())
         assert report.corruptions == 0, report.findings[:5]
 
     async def assert_durable(self) -> None:
@@ -159,7 +164,7 @@ class Rig:
 
     async def open_again(self, *, read_only: bool) -> OverlayNode:
         """Open the file as it is on the disk, in a new life."""
-        image = await open_overlay(RecordingFile(bytes(self.recording.disk)), None, read_only=read_only)
+        image = await open_overlay(self.recording.again(), None, read_only=read_only)
         image.backing = self.base if image.backing_filename else None
         return image
 

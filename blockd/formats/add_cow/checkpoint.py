@@ -18,8 +18,10 @@ from blockd.formats.add_cow.header import Header, Name
 
 def write_checkpoint(image: ProtocolNode, file: ProtocolNode, pages: Sequence[PageWrite]) -> None:
     """Make all data written so far, and the bits that belong to it, durable."""
-    for unchanged in (image, file):
-        unchanged.require_unchanged_blocking()
+    for used in (image, file):
+        if used.failed is not None:
+            raise used.failed
+        used.require_unchanged_blocking()
     image.sync_blocking()
     if pages:
         for page in pages:
