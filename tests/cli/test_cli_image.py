@@ -193,6 +193,17 @@ def test_check_tells_by_its_exit_status(
     assert found == theirs
 
 
+@pytest.mark.parametrize(("harm", "mode"), [(leak, "leaks"), (leak, "all"), (corrupt, "all")])
+def test_check_repairs(image: Run, disk: Path, harm: Callable[[Path], None], mode: str) -> None:
+    before = qemu_img.content(disk)
+    harm(disk)
+    status, output, _ = image("check", "--repair", mode, disk.name)
+    assert status == 0
+    assert "The following inconsistencies were found and repaired:" in output
+    qemu("qemu-img", "check", disk, expect=0)
+    assert qemu_img.content(disk) == before
+
+
 def test_check_of_raw_images_has_nothing_to_check(image: Run, disk: Path) -> None:
     told = image("check", "base.raw")
     assert told == (63, "", "blockctl: This image format does not support checks\n")
@@ -233,6 +244,20 @@ def test_convert_is_a_stream_into_a_new_image(image: Run, disk: Path, target_for
     assert "backing-filename" not in info
     if FORMATS[target_format].check is not None:
         qemu("qemu-img", "check", "-f", target_format, "copy", expect=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source_format", FORMATS)
+@pytest.mark.parametrize("target_format", FORMATS)
+def test_convert_from_any_format_to_any(
+    image: Run, disk: Path, source_format: str, target_format: str
+) -> None:
+    assert image("convert", disk.name, "first", "-O", source_format)[0] == 0
+    assert image("convert", "first", "second", "-f", source_format, "-O", target_format)[0] == 0
+    assert image("convert", "second", "last.raw", "-f", target_format, "-O", "raw")[0] == 0
+    assert Path("last.raw").read_bytes() == qemu_img.content(disk)
+    if FORMATS[target_format].check is not None:
+        assert image("check", "-f", target_format, "second")[0] == 0
 
 
 def test_convert_takes_options_and_tells_progress(image: Run, disk: Path) -> None:

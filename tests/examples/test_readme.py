@@ -56,8 +56,8 @@ async def _answers(socket: Path) -> bool:
 
 
 async def test_every_command_of_the_tour_works(tmp_path: Path) -> None:
-    (_, make_images), (background, start), *visits = _blocks("tour")
-    assert background == ": background"
+    (_, make_images), (background, start), *visits, (after, look) = _blocks("tour")
+    assert (background, after) == (": background", ": after the end")
     await run("bash", "-euo", "pipefail", "-c", make_images, cwd=tmp_path)
     async with _in_background(start.strip(), tmp_path, "blockd.qmp"):
         said = [await run("bash", "-euo", "pipefail", "-c", visit, cwd=tmp_path) for _, visit in visits]
@@ -65,8 +65,10 @@ async def test_every_command_of_the_tour_works(tmp_path: Path) -> None:
     assert '"return": [{"' in said[1] or '"return": []' in said[1]
     assert "stream completed" in said[2]
     assert "copy.qcow2 (qcow2)" in said[3]
-    assert "No errors were found on the image" in said[4]
-    assert "backing file" not in said[4]
+    seen = await run("bash", "-euo", "pipefail", "-c", look, cwd=tmp_path)
+    assert seen.count("No errors were found on the image") == 2
+    assert "file format: qed" in seen
+    assert "backing file" not in seen
 
 
 @pytest.mark.parametrize("program", ["blockd", "qemu-storage-daemon"])
