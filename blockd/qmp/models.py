@@ -43,6 +43,7 @@ class Members(BaseModel):
     """
 
     model_config = ConfigDict(
+        defer_build=True,
         strict=True,
         extra="forbid",
         frozen=True,
@@ -50,7 +51,6 @@ class Members(BaseModel):
         validate_by_name=True,
         validate_by_alias=True,
         serialize_by_alias=True,
-        use_attribute_docstrings=True,
         json_schema_serialization_defaults_required=True,
     )
 

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
 from blockd.qmp.events import Event
+from blockd.qmp.field_docs import describe_fields
+from blockd.qmp.models import Members
 from blockd.qmp.table import Command, CommandTable
 
 # JSON Schema is what pydantic says it is.
@@ -27,6 +29,7 @@ _EMPTY_OBJECT: Schema = {"type": "object", "properties": {}, "additionalProperti
 
 def schema_documents(tables: Iterable[CommandTable[Any]], events: Iterable[type[Event]]) -> dict[Path, str]:
     """Return the text of every document by its path in the folder of schemas."""
+    describe_fields(Members)
     documents = {
         Path("commands", f"{command.name}.json"): _command_schema(command)
         for table in tables

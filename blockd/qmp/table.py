@@ -13,7 +13,8 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from functools import cache
+from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,15 +29,20 @@ Handler = TypeVar("Handler", bound=Callable[..., Awaitable[object]])
 
 @dataclass(frozen=True, slots=True)
 class Command(Generic[Context]):
-    """One command; `result` is None when it returns the empty object."""
+    """One command; `returns` is the type of None when it returns the empty object."""
 
     name: str
     allow_oob: bool
     arguments: type[Arguments] | None
-    result: TypeAdapter[object] | None
+    returns: object
     handler: Callable[..., Awaitable[object]]
     features: tuple[str, ...] = ()
     """What `query-qmp-schema` says of it beside its type, such as ``deprecated``."""
+
+    @property
+    def result(self) -> TypeAdapter[object] | None:
+        """What turns a result into JSON, made when it is first needed: a daemon must start quickly."""
+        return None if self.returns is type(None) else _adapter(self.returns)
 
     async def run(self, context: Context, arguments: dict[str, Value]) -> Value:
         """Check the arguments, run the handler and return its result as JSON.
@@ -48,10 +54,15 @@ class Command(Generic[Context]):
         except ValidationError as error:
             raise argument_error(error, arguments) from error
         result = await (self.handler(context, checked) if self.arguments else self.handler(context))
-        if self.result is None:
+        if (adapter := self.result) is None:
             return {}
-        dumped: Value = self.result.dump_python(result, mode="json", exclude_none=True)
+        dumped: Value = adapter.dump_python(result, mode="json", exclude_none=True)
         return dumped
+
+
+@cache
+def _adapter(returns: Any) -> TypeAdapter[object]:
+    return TypeAdapter(returns)
 
 
 class CommandTable(Generic[Context]):
@@ -73,12 +84,11 @@ class CommandTable(Generic[Context]):
             assert name not in self._commands, f"command {name} is defined twice"
             parameters = list(inspect.signature(handler).parameters)
             hints = typing.get_type_hints(handler, include_extras=True)
-            returns = hints["return"]
             self._commands[name] = Command(
                 name,
                 oob,
                 hints[parameters[1]] if len(parameters) > 1 else None,
-                None if returns is type(None) else TypeAdapter(returns),
+                hints["return"],
                 handler,
                 features,
             )
