@@ -1,7 +1,11 @@
 """Live block copy from a raw disk to a raw disk: add-cow is there only while it is needed."""
 
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from blockd.cli.image.create import NewImage, create_image
 from blockd.drivers import FORMATS
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.raw.image import RawImage
@@ -29,6 +33,28 @@ def sparse_raw(path: Path, drawing: str = DRAWING) -> bytes:
 
 def data_size(path: Path) -> int:
     return path.stat().st_blocks * 512
+
+
+def can_loop(folder: Path) -> bool:
+    """Whether loop devices can be made here: as root, where the kernel has them and no sandbox forbids it."""
+    path = folder / "probe"
+    path.write_bytes(bytes(512))
+    try:
+        with loop_device(path):
+            return True
+    except (OSError, subprocess.CalledProcessError):
+        return False
+
+
+@contextmanager
+def loop_device(path: Path) -> Iterator[Path]:
+    """A block device whose content is in a file."""
+    attach = ["losetup", "--find", "--show", str(path)]
+    device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
+    try:
+        yield Path(device)
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 async def make_target(folder: Path, backing: Path, *, size: int = SIZE, name: str = "b") -> Path:
@@ -69,6 +95,43 @@ async def test_live_copy_from_raw_to_raw(tmp_path: Path) -> None:
     assert target.read_bytes() == bytes(expected)
     assert source.read_bytes() == old
     assert data_size(target) <= data_size(source) + CLUSTER
+
+
+async def test_live_copy_to_what_held_something_else(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """What was on the target is seen at no time, and is gone in the end, also where the source has holes.
+
+    Block devices, which go the same way as files, are tried where they can be made; the report says so.
+    """
+    with_device = can_loop(tmp_path)
+    record_property("with_block_device", with_device)
+    used = tmp_path / "used.img"
+    used.write_bytes(b"\xee" * SIZE)
+    await copy_live_onto(used, tmp_path)
+    assert data_size(used) <= data_size(tmp_path / "a.raw") + 2 * CLUSTER, "holes are data in the target"
+    if with_device:
+        used.write_bytes(b"\xee" * SIZE)
+        with loop_device(used) as device:
+            await copy_live_onto(device, tmp_path)
+
+
+async def copy_live_onto(target: Path, folder: Path) -> None:
+    source, add_cow = folder / "a.raw", folder / f"{target.name}.add-cow"
+    expected = bytearray(sparse_raw(source))
+    told = NewImage("add-cow", SIZE, source.name, "raw", {"image_file": str(target)})
+    await create_image(str(add_cow), told)
+    async with running(folder, "--device", f"vda={source}", "--image-paths", "/dev") as daemon:
+        client, guest = await daemon.qmp(), await daemon.guest("vda")
+        await switched(client, add_cow)
+        assert bytes(await guest.read(0, SIZE)) == expected
+        await guest.write(4 * CLUSTER + 100, b"in a hole")
+        expected[4 * CLUSTER + 100 : 4 * CLUSTER + 109] = b"in a hole"
+        await client.command("block_stream", device="vda")
+        completed = await client.event("BLOCK_STREAM_COMPLETED")
+        assert completed["image"] == str(target)
+        assert bytes(await guest.read(0, SIZE)) == expected
+    assert target.read_bytes() == bytes(expected)
 
 
 async def test_what_add_cow_file_says_when_all_is_in_the_image(tmp_path: Path) -> None:
