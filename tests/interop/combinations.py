@@ -6,7 +6,7 @@ meets each value of every other one (that it can meet), and more up to a number.
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from blockd.units import KIB, MIB, SECTOR_SIZE
@@ -70,10 +70,6 @@ class Combination(NamedTuple):
     def size(self) -> int:
         """Some clusters, and the last of them is not whole."""
         return (5 * MIB if self.cluster_size >= MIB else 2 * MIB) + 5 * SECTOR_SIZE
-
-
-# What blockd does not do yet. To be empty.
-MISSING: Mapping[str, Callable[[Combination], bool]] = {}
 
 
 def combinations() -> Iterator[Combination]:

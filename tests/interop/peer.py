@@ -1,10 +1,12 @@
-"""QEMU as the one that fills an image, and as the one that judges it."""
+"""QEMU as the one that fills an image, and as the one that judges it and says what it is."""
 
+import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 
 from tests import qemu_img
+from tests.qemu_img import qemu
 
 _VERBS = ("write -P {number}", "write -P {number}", "write -z", "write -z -u", "discard")
 
@@ -26,3 +28,9 @@ def judge(path: Path, image_format: str, content: bytearray, *, may_leak: bool =
         assert verdict.corruptions == 0, verdict
         assert may_leak or verdict.leaks == 0, verdict
     assert qemu_img.content(path, image_format) == content
+
+
+def kind_of(path: Path, image_format: str) -> tuple[object, object]:
+    """What an image was made to be, as `qemu-img info` tells it."""
+    found = json.loads(qemu("qemu-img", "info", "--output=json", "-f", image_format, path))
+    return found.get("cluster-size"), found.get("format-specific")
