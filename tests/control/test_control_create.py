@@ -139,3 +139,18 @@ async def test_errors_of_the_request_itself(tmp_path: Path) -> None:
         found = await refusal(client, "blockdev-create", job_id="9c", options=options)
         assert found == ("GenericError", "Invalid job ID '9c'")
         assert client.events == []
+
+
+async def test_image_with_subclusters_says_what_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "new.qcow2"
+    path.touch()
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await client.command("blockdev-add", {"driver": "file", "node-name": "f", "filename": str(path)})
+        told = await created(client, driver="qcow2", file="f", size=MIB, extended_l2=True)
+        assert "error" not in told
+        await client.command("blockdev-add", {"driver": "qcow2", "node-name": "new", "file": "f"})
+        nodes = await client.command("query-named-block-nodes")
+        (image,) = [node["image"] for node in nodes if node["node-name"] == "new"]
+        assert (image["cluster-size"], image["format-specific"]["data"]["extended-l2"]) == (65536, True)
+    qemu_img.assert_sound(path)

@@ -8,6 +8,7 @@ import pytest
 from blockd.errors import ImageError, StorageError
 from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2.corruption import Corruption
+from blockd.formats.qcow2.create import create
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qcow2.mapping import COPIED
 from tests.chains import read_all
@@ -173,3 +174,53 @@ async def test_corruption_is_told_even_if_the_mark_cannot_be_written() -> None:
     for _ in range(2):
         with pytest.raises(Corruption):
             await image.write(0, b"x" * 512)
+
+
+# -- subclusters ----------------------------------------------------------------------------------------
+
+EXTENDED_CLUSTER = 16 * 1024
+
+
+async def made_extended() -> bytearray:
+    """The first cluster has half of its subclusters, which are of 512 bytes."""
+    file = RecordingFile()
+    await create(file, 16 * EXTENDED_CLUSTER, cluster_size=EXTENDED_CLUSTER, extended_l2=True)
+    image = await Qcow2Image.open(file, node_name="i", read_only=False)
+    await image.write(0, stamp(1, 0, EXTENDED_CLUSTER // 2))
+    await image.close()
+    return file.disk
+
+
+ZERO_AND_PRESENT, PRESENT, HALF = (1 << 32 | 1), 1, EXTENDED_CLUSTER // 2
+EXTENDED_FOUND: dict[str, tuple[Damage, Operation]] = {
+    "zero and present, reading": (put("L2", 8, ZERO_AND_PRESENT), lambda image: image.read(0, 512)),
+    "zero and present, map": (put("L2", 8, ZERO_AND_PRESENT), lambda image: image.map(0, 512)),
+    "zero and present, writing": (put("L2", 8, ZERO_AND_PRESENT), writing(512)),
+    "zero and present, discard": (put("L2", 8, ZERO_AND_PRESENT), lambda image: image.discard(4096, 4096)),
+    "present nowhere, reading": (put("L2", 24, PRESENT), lambda image: image.read(EXTENDED_CLUSTER, 512)),
+    "present nowhere, writing": (put("L2", 24, PRESENT), writing(EXTENDED_CLUSTER + HALF)),
+    "not aligned, reading": (put("L2", 0, 0x14200 | COPIED), lambda image: image.read(0, 512)),
+    "not aligned, writing": (put("L2", 0, 0x14200 | COPIED), writing(HALF)),
+    "not aligned, zeroes": (put("L2", 0, 0x14200 | COPIED), lambda image: image.write_zeroes(0, HALF)),
+    "on a table": (put("L2", 0, EXTENDED_CLUSTER | COPIED), writing(HALF)),
+    "past the end": (put("L2", 0, 1 << 40 | COPIED), writing(0)),
+    "past the end, new subcluster": (put("L2", 0, 1 << 40 | COPIED), writing(HALF)),
+    "discarded cluster is a table": (
+        put("L2", 0, EXTENDED_CLUSTER),
+        lambda image: image.discard(0, EXTENDED_CLUSTER),
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "operation"), EXTENDED_FOUND.values(), ids=list(EXTENDED_FOUND))
+async def test_impossible_subclusters_are_noticed(damage: Damage, operation: Operation) -> None:
+    disk = await made_extended()
+    damage(disk)
+    file = RecordingFile(bytes(disk))
+    image = await Qcow2Image.open(file, node_name="i", read_only=False)
+    with pytest.raises(Corruption):
+        await operation(image)
+    with pytest.raises(Corruption):
+        await image.write(15 * EXTENDED_CLUSTER, b"y" * 512)
+    disk[headers.INCOMPATIBLE_FIELD + 7] |= headers.INCOMPATIBLE_CORRUPT
+    assert file.disk == disk
