@@ -11,7 +11,14 @@ from tests.crash.variants import SNAPSHOT_OPTIONS, VARIANT_WORKLOADS, VARIANTS, 
 from tests.crash.workloads import Workload
 
 
-@pytest.mark.parametrize("workload", VARIANT_WORKLOADS, ids=str)
+@pytest.mark.parametrize(
+    "workload",
+    [
+        pytest.param(workload, marks=() if workload.variant == "extended L2" else pytest.mark.slow)
+        for workload in VARIANT_WORKLOADS
+    ],
+    ids=str,
+)
 async def test_every_crash_leaves_what_it_may(workload: Workload, tmp_path: Path) -> None:
     async with workload.scene().running() as scene:
         await workload.run(scene)
@@ -30,7 +37,7 @@ async def test_snapshot_stays_whatever_happens_to_the_disk(options: tuple[str, .
 @pytest.mark.parametrize("variant", ["version 2", "1-bit refcounts", "extended L2"])
 async def test_crash_in_drawn_lives(variant: str, tmp_path: Path) -> None:
     judge = Judge(qemu_every=200, folder=tmp_path)
-    for seed in range(3):
+    for seed in range(2):
         life = draw(random.Random(seed), step_count=25)
         life.options = VARIANTS[variant]
         try:

@@ -44,7 +44,17 @@ FEATURES: dict[str, tuple[str, ...]] = {
 }
 # Features that QEMU does not make together with a backing file.
 ALONE = [name for name in FEATURES if name.startswith("preallocated")]
-features = pytest.mark.parametrize("options", FEATURES.values(), ids=list(FEATURES))
+# Tried in `make test-fast`, too.
+FAST = ("version 2", "1-bit refcounts", "extended L2", "zlib", "zstd")
+
+
+def marks(name: str) -> tuple[pytest.MarkDecorator, ...]:
+    return () if name in FAST else (pytest.mark.slow,)
+
+
+features = pytest.mark.parametrize(
+    "options", [pytest.param(options, id=name, marks=marks(name)) for name, options in FEATURES.items()]
+)
 
 
 def chain_of(path: Path, content: bytes) -> Chain:
@@ -97,8 +107,17 @@ async def stream_under_guests(image: Qcow2Image, base: BlockNode | None, model: 
         assert job.error is None
 
 
-@pytest.mark.parametrize("base_size", [SIZE, SIZE // 2, 2 * SIZE], ids=["same", "shorter", "longer"])
-@pytest.mark.parametrize("name", [name for name in FEATURES if name not in ALONE])
+@pytest.mark.parametrize(
+    "base_size",
+    [
+        pytest.param(SIZE, id="same"),
+        pytest.param(SIZE // 2, id="shorter", marks=pytest.mark.slow),
+        pytest.param(2 * SIZE, id="longer", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=marks(name)) for name in FEATURES if name not in ALONE]
+)
 async def test_overlay_is_streamed_into(tmp_path: Path, name: str, base_size: int) -> None:
     """Zeroes of the base and of the guest, too, and what a longer base has behind the end stays unseen."""
     base = tmp_path / "base.raw"
@@ -143,7 +162,9 @@ COMPRESSIONS = {
 }
 
 
-@pytest.mark.parametrize("options", COMPRESSIONS.values(), ids=list(COMPRESSIONS))
+@pytest.mark.parametrize(
+    "options", [pytest.param(options, id=name, marks=marks(name)) for name, options in COMPRESSIONS.items()]
+)
 async def test_compressed_clusters_are_read_and_rewritten(tmp_path: Path, options: tuple[str, ...]) -> None:
     path, content = compressed(tmp_path, *options)
     await churn_image(path, ModelDisk(content), seed=3, step_count=90)
@@ -240,7 +261,10 @@ def snapshot_content(path: Path, name: str) -> bytes:
     return raw.read_bytes()
 
 
-@pytest.mark.parametrize("options", SNAPSHOT_OPTIONS.values(), ids=list(SNAPSHOT_OPTIONS))
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param(options, id=name, marks=marks(name)) for name, options in SNAPSHOT_OPTIONS.items()],
+)
 async def test_snapshots_stay_as_they_are(tmp_path: Path, options: tuple[str, ...]) -> None:
     path = qemu_img.create(tmp_path / "i.qcow2", SIZE, *options)
     qemu_img.write(path, "write -P 1 0 1500k", "write -z 100k 200k")

@@ -12,7 +12,7 @@ from blockd.formats.qcow2.header import Extension, Header
 from blockd.units import KIB, MIB
 from tests import qemu_img
 from tests.chains import Chain, opened, read_all
-from tests.formats.test_qcow2_features import FEATURES, assert_no_leaks
+from tests.formats.test_qcow2_features import assert_no_leaks, features
 from tests.model import stamp
 from tests.recording import RecordingFile
 from tests.streaming import open_overlay, overlay
@@ -132,7 +132,7 @@ async def test_preallocated_clusters_are_where_they_were(tmp_path: Path, preallo
     assert_no_leaks(path)
 
 
-@pytest.mark.parametrize("options", FEATURES.values(), ids=list(FEATURES))
+@features
 async def test_image_of_every_kind_grows(tmp_path: Path, options: tuple[str, ...]) -> None:
     """By more than its L1 table has room for; what is written before and after is there."""
     small = any(option == "cluster_size=512" for option in options)
