@@ -9,7 +9,9 @@ from blockd.block.node import BlockNode, ProtocolNode
 from blockd.block.options import Options
 from blockd.commands.context import Services, Table
 from blockd.drivers import check_blockdev
+from blockd.drivers.add_cow import create_add_cow
 from blockd.errors import ErrorKind, RequestError
+from blockd.formats.add_cow.create import CLUSTER_SIZE_DEFAULT as ADD_COW_CLUSTER_SIZE_DEFAULT
 from blockd.formats.qcow2.create import create_image
 from blockd.formats.qcow2.create_options import CLUSTER_SIZE_DEFAULT, CreateOptions
 from blockd.formats.qed.create import CLUSTER_SIZE_DEFAULT as QED_CLUSTER_SIZE_DEFAULT
@@ -22,7 +24,7 @@ from blockd.qmp.models import Arguments, Members, NonNegative
 
 TABLE: Table = Table()
 
-BackingFormat = Literal["qcow2", "qed", "raw"]
+BackingFormat = Literal["add-cow", "qcow2", "qed", "raw"]
 Preallocation = Literal["off", "metadata", "falloc", "full"]
 
 
@@ -124,6 +126,41 @@ class QedOptions(Members):
             await services.graph.close_unused()
 
 
+class AddCowOptions(Members):
+    """An add-cow file, and beside it the raw image that it speaks of."""
+
+    driver: Literal["add-cow"]
+    file: str | NodeOptions
+    """A node, or the options of one: for the add-cow file."""
+    size: NonNegative
+    image_file: str | None = None
+    """The raw image, made unless it exists; its name counts from the folder of the add-cow file.
+
+    Without it: the name of the add-cow file, ending in .raw.
+    """
+    backing_file: str | None = None
+    backing_fmt: BackingFormat | None = None
+    cluster_size: NonNegative = ADD_COW_CLUSTER_SIZE_DEFAULT
+
+    async def make(self, services: Services) -> None:
+        if self.backing_fmt is not None and not self.backing_file:
+            raise RequestError("Backing format cannot be used without backing file")
+        user = "blockdev-create"
+        file = await _held_file(services, self.file, user)
+        try:
+            await create_add_cow(
+                file,
+                self.size,
+                image_file=self.image_file,
+                backing_filename=self.backing_file or None,
+                backing_format=self.backing_fmt,
+                cluster_size=self.cluster_size,
+            )
+        finally:
+            services.graph.remove_user(file, user)
+            await services.graph.close_unused()
+
+
 class OtherOptions(Members):
     """Drivers whose nodes are made of other nodes, or are what a file is anyway."""
 
@@ -134,7 +171,9 @@ class BlockdevCreateArguments(Arguments):
     """The job's id, and what to make."""
 
     job_id: str
-    options: Annotated[FileOptions | Qcow2Options | QedOptions | OtherOptions, Field(discriminator="driver")]
+    options: Annotated[
+        FileOptions | Qcow2Options | QedOptions | AddCowOptions | OtherOptions, Field(discriminator="driver")
+    ]
 
 
 @TABLE.command("blockdev-create")

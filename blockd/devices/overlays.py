@@ -173,8 +173,8 @@ class SnapshotInFile(PutOverlay):
         self._overlay_name = overlay_name
         self._format_name = format_name
         self._is_existing = is_existing
-        # The file that was made; it is removed again if nothing comes of it.
-        self._made: str | None = None
+        # The files that were made; they are removed again if nothing comes of it.
+        self._made: list[str] = []
 
     async def _find(self) -> tuple[BlockNode, OverlayNode]:
         graph = self._devices.graph
@@ -201,15 +201,16 @@ class SnapshotInFile(PutOverlay):
             raise RequestError(f"Backing file not supported for file format '{self._format_name}'")
         path = without_protocol(self._filename)
         async with new_file(path) as file:
+            made_files = await in_thread(image_format.made_files, path, {})
             await image_format.create(
                 file,
                 old.size,
                 backing_filename=str(Path(old.filename).absolute()),
                 backing_format=format_of(old),
             )
-        self._made = path
+        self._made = made_files
 
     async def clean(self) -> None:
         await super().clean()
-        if self._made is not None and not self._is_final:
-            await in_thread(os.unlink, self._made)
+        for path in [] if self._is_final else self._made:
+            await in_thread(os.unlink, path)

@@ -78,9 +78,7 @@ async def create_add_cow(
     Raises:   RequestError: the image is of another size, or something else cannot be.
     Fails to: no image was made, and the file is no add-cow file.
     """
-    name = (
-        Path(file.filename).with_suffix(".raw").name if image_file is None else without_protocol(image_file)
-    )
+    name = _image_name(file.filename, image_file)
     path = Path(file.filename).parent / name
 
     async def make() -> None:
@@ -100,6 +98,15 @@ async def create_add_cow(
     async with new_file(str(path)) as image:
         await create_raw(image, size)
         await make()
+
+
+def _image_name(filename: str, told: object) -> str:
+    return Path(filename).with_suffix(".raw").name if told is None else without_protocol(str(told))
+
+
+def files_beside(filename: str, options: Mapping[str, object]) -> list[str]:
+    """The image that an add-cow file is made with."""
+    return [str(Path(filename).parent / _image_name(filename, options.get("image_file")))]
 
 
 async def _check_size(path: str, wanted: int) -> None:

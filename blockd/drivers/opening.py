@@ -5,6 +5,7 @@ noted here, so that a chain which fails half way leaves no open file behind.
 """
 
 import logging
+import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -98,6 +99,12 @@ class Format(NamedTuple):
     # Members of QEMU's ImageInfo that images of this format have beside those of every format, such as
     # snapshots and format-specific; of an open image, and blocking.
     info: Callable[[BlockNode], Mapping[str, object]] | None = None
+    # beside(filename, options): which files `create` makes beside the one it is given, unless they are there.
+    beside: Callable[[str, Mapping[str, object]], list[str]] = lambda _filename, _options: []
+
+    def made_files(self, filename: str, options: Mapping[str, object]) -> list[str]:
+        """What `create` is going to make, that one file included; for who has to remove it again."""
+        return [filename, *(name for name in self.beside(filename, options) if not os.access(name, os.F_OK))]
 
 
 class Opening:

@@ -28,6 +28,7 @@ from blockd.drivers.add_cow import (
     CREATE_OPTIONS,
     check_add_cow,
     create_add_cow,
+    files_beside,
     info,
     open_add_cow,
     open_alone,
@@ -272,5 +273,6 @@ FORMATS: Mapping[str, Format] = {
         has_backing=True,
         check=check_add_cow,
         info=info,
+        beside=files_beside,
     ),
 }

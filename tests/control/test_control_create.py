@@ -65,6 +65,24 @@ async def test_image_in_a_file_that_is_opened_for_it(tmp_path: Path) -> None:
     assert "cluster_size: 4096" in qemu_img.qemu("qemu-img", "info", path)
 
 
+async def test_add_cow_file_and_the_image_beside_it(tmp_path: Path) -> None:
+    """A raw disk, and a new raw file that it can be copied to."""
+    disk, path = tmp_path / "disk.raw", tmp_path / "copy.add-cow"
+    disk.write_bytes(b"A" * MIB)
+    async with running(tmp_path, "--device", f"vda={disk}") as daemon:
+        client = await daemon.qmp()
+        assert "error" not in await created(client, driver="file", filename=str(path), size=0)
+        told = {"file": {"driver": "file", "filename": str(path)}, "size": MIB, "cluster_size": 4096}
+        backing = {"backing_file": str(disk), "backing_fmt": "raw"}
+        failed = await created(client, driver="add-cow", image_file="disk.raw", **told, **backing)
+        assert failed["error"].startswith("Could not open '" + str(disk))
+        assert "error" not in await created(client, driver="add-cow", image_file="x.img", **told, **backing)
+        await client.command("block_switch", device="vda", filename=str(path), format="add-cow")
+        await client.command("block_stream", device="vda")
+        await client.event("BLOCK_STREAM_COMPLETED", device="vda", image=str(tmp_path / "x.img"))
+    assert (tmp_path / "x.img").read_bytes() == b"A" * MIB
+
+
 async def test_file_that_is_there_is_not_overwritten(tmp_path: Path) -> None:
     path = tmp_path / "precious"
     path.write_bytes(b"data")

@@ -10,6 +10,7 @@ from blockd.protocols.nbd_client import NbdClient
 from tests import qemu_img
 from tests.chains import Chain, make
 from tests.control.running import Running, refusal, running
+from tests.layers import opened
 from tests.qmp_client import QmpClient
 
 LAYERS = ["AB0-A-AB", "-C-C--0-"]
@@ -301,11 +302,12 @@ async def test_another_name_for_the_backing_file(tmp_path: Path) -> None:
     assert qemu_img.content(chain.active) == chain.content
 
 
+@pytest.mark.parametrize("image_format", ["qcow2", "add-cow"])
 async def test_overlay_that_cannot_be_put_in_place_leaves_all_as_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, image_format: str
 ) -> None:
     chain = await make(tmp_path, LAYERS)
-    path = tmp_path / "new.qcow2"
+    path = tmp_path / f"new.{image_format}"
     async with running(tmp_path) as daemon:
         client, guest = await with_guest(daemon, chain)
 
@@ -314,12 +316,15 @@ async def test_overlay_that_cannot_be_put_in_place_leaves_all_as_before(
 
         nodes = dict(daemon.services.graph.nodes)
         names = {"node-name": "top", "snapshot-file": str(path), "snapshot-node-name": "new"}
+        names["format"] = image_format
         with monkeypatch.context() as patch:
             patch.setattr(daemon.services.devices, "record", fail)
             assert (await refusal(client, "blockdev-snapshot-sync", **names))[1].startswith("the state")
         assert dict(daemon.services.graph.nodes) == nodes
-        assert not path.exists()
+        assert not list(tmp_path.glob("new.*"))
         assert not nodes["top"].read_only
         await guest.write(0, b"as before")
         await client.command("blockdev-snapshot-sync", names)
-    assert qemu_img.content(path)[:9] == b"as before"
+        assert await guest.read(0, SIZE) == b"as before" + chain.content[9:]
+    async with opened(path, image_format, read_only=True) as disk:
+        assert await disk.node.read(0, SIZE) == b"as before" + chain.content[9:]

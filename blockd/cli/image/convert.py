@@ -6,7 +6,7 @@ an error or Ctrl-C is removed. A raw target knows no backing: until the copy is 
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -51,13 +51,16 @@ async def convert_image(
     Raises:   RequestError, ImageError, StorageError: the source cannot be read, or the target not be made.
     Fails to: there is no such target.
     """
-    has_backing = format_entry(image.image_format).has_backing
+    entry = format_entry(image.image_format)
+    made_files = entry.made_files(target, image.options)
     async with opened_image(source.filename, source.image_format, source.image_paths) as (top, graph):
-        if has_backing:
+        if entry.has_backing:
             image = image._replace(backing=_name_for(top, target), backing_format=format_of(top))
         await create_image(target, image._replace(size=top.size))
-        with _removed_on_failure(target):
-            opening = _overlay(graph, target, image.image_format, top) if has_backing else _plain(target, top)
+        with _removed_on_failure(made_files):
+            opening = (
+                _overlay(graph, target, image.image_format, top) if entry.has_backing else _plain(target, top)
+            )
             async with opening as overlay:
                 job = await _stream(overlay, target, show)
     return Converted(job.length, job.counters.copied, job.counters.zero)
@@ -70,12 +73,13 @@ def _name_for(source: BlockNode, target: str) -> str:
 
 
 @contextmanager
-def _removed_on_failure(filename: str) -> Iterator[None]:
+def _removed_on_failure(filenames: Iterable[str]) -> Iterator[None]:
     """Leave no half-made image behind, whatever ends the block."""
     try:
         yield
     except BaseException:
-        Path(filename).unlink()
+        for filename in filenames:
+            Path(filename).unlink()
         raise
 
 
