@@ -2,22 +2,23 @@
 
 import asyncio
 import errno
+import random
 from collections.abc import Callable
 
-from blockd.block.node import BlockNode, Buffer
+from blockd.block.node import BlockNode, Buffer, FilterNode, Segment
 from blockd.errors import StorageError
-from blockd.extents import Extent, Kind
+from tests.inline_threads import steps
 from tests.recording import Change, RecordingFile, Sync, Write
 
 
-class HeldNode(BlockNode):
+class HeldNode(FilterNode):
     """A read-only source whose reads wait while it is held; `reached` tells that one does."""
 
     driver = "held"
 
     def __init__(self, child: BlockNode) -> None:
-        super().__init__("#held", child.filename, child.size, read_only=True)
-        self._child = child
+        super().__init__(child, node_name="#held")
+        self.read_only = True
         self._open = asyncio.Event()
         self._open.set()
         self.reached = asyncio.Event()
@@ -31,6 +32,9 @@ class HeldNode(BlockNode):
     def release(self) -> None:
         self._open.set()
 
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        return [Segment(length, self, offset)]
+
     async def read(self, offset: int, length: int) -> Buffer:
         self.read_count += 1
         await asyncio.sleep(0)
@@ -39,13 +43,7 @@ class HeldNode(BlockNode):
             await self._open.wait()
         if self.error is not None:
             raise self.error
-        return await self._child.read(offset, length)
-
-    async def map(self, offset: int, length: int) -> list[Extent]:
-        return await self._child.map(offset, length)
-
-    def kind_nowait(self, offset: int, length: int) -> Kind | None:
-        return self._child.kind_nowait(offset, length)
+        return await self.child.read(offset, length)
 
     async def write(self, offset: int, data: Buffer) -> None:
         raise AssertionError("a source was written")
@@ -59,8 +57,32 @@ class HeldNode(BlockNode):
     async def flush(self) -> None:
         """There is nothing to flush."""
 
-    async def close(self) -> None:
-        """The child belongs to the test."""
+
+class LateNode(FilterNode):
+    """A source that answers after some turns of the loop, a random number of them."""
+
+    driver = "late"
+
+    def __init__(self, child: BlockNode, rng: random.Random, step_count_max: int) -> None:
+        super().__init__(child, node_name="#late")
+        self._rng = rng
+        self._step_count_max = step_count_max
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        return [Segment(length, self, offset)]
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        await steps(self._rng.randrange(self._step_count_max))
+        return await self.child.read(offset, length)
+
+    async def write(self, offset: int, data: Buffer) -> None:
+        raise AssertionError("a source was written")
+
+    async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
+        raise AssertionError("a source was written")
+
+    async def discard(self, offset: int, length: int) -> None:
+        raise AssertionError("a source was written")
 
 
 class FailingFile(RecordingFile):

@@ -49,6 +49,7 @@ class RootDisk:
     async def flush(self) -> None:
         async with self.root.request() as node:
             await node.flush()
+        self.root.report_loss()
 
 
 class Guest:

@@ -139,6 +139,9 @@ class Streaming:
         )
 
         async def clean() -> None:
+            loss = await stream.let_go()
+            if loss is not None:
+                self.root.lose(loss)
             async with self.root.drained():
                 if not job.is_cancelled and job.error is None:
                     self.active.backing = base

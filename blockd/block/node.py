@@ -119,6 +119,14 @@ class BlockNode(ABC):
     async def flush(self) -> None:
         """Return when everything written before this call is on the disk, maps included."""
 
+    async def catch_up(self) -> None:
+        """Return when what was acknowledged is in the images, where their maps tell of it.
+
+        Raises:   StorageError: something of it cannot be brought there; reads find it nevertheless.
+        """
+        for child in self.children().values():
+            await child.catch_up()
+
     async def resize(self, size: int) -> None:
         """Change the virtual size; new bytes read as zeroes."""
         raise RequestError(f"The '{self.driver}' driver cannot change the size of '{self.node_name}'")

@@ -16,7 +16,7 @@ from blockd.block.chain import format_of, unfiltered
 from blockd.block.node import BlockNode, FilterNode, OverlayNode
 from blockd.block.root import Root
 from blockd.drivers import NodeGraph
-from blockd.errors import ErrorKind, RequestError
+from blockd.errors import ErrorKind, RequestError, StorageError
 from blockd.filters.blkstream import BlkStream
 from blockd.filters.throttle import Throttle
 from blockd.formats.add_cow.image import AddCowImage
@@ -105,6 +105,12 @@ class Devices:
     def has_writers(self, image: BlockNode) -> bool:
         """Whether guests may write to an image."""
         return any(device.writable_exports for device in self._devices if device.active is unfiltered(image))
+
+    def lose(self, image: BlockNode, reason: StorageError) -> None:
+        """Let the guests of an image know, at their next flush, that something they wrote is lost."""
+        for device in self._devices:
+            if device.active is image:
+                device.root.lose(reason)
 
     # -- coming and going (with `changing` held) ----------------------------------------------
 

@@ -195,6 +195,10 @@ class Streams:
     async def _take_away(self, stream: Stream) -> None:
         """Take the filter away; after a success also the layers that nobody needs any more."""
         job, active = stream.job, stream.front.active
+        loss = await stream.front.let_go()
+        if loss is not None:
+            log.error("job %s: writes that were not flushed are lost: %s", job.id, loss.message)
+            self._devices.lose(active, loss)
         async with self._devices.changing:
             async with self._devices.drained(active):
                 has_succeeded = job.error is None and not job.is_cancelled

@@ -8,22 +8,35 @@ Without a stream it is copy-on-read.
     guest read    in the image, or from the final base: straight through
                   else: copy, then read the image
     guest write   clusters of its own: straight through, no queue
-                  else: through the write queue (write_queue.py), which orders it with the copies
+                  else whole clusters: through the write queue (write_queue.py), which orders it with the
+                  copies and lets it go first
+                  else a part of a cluster: kept in memory until the source has delivered the rest, as long
+                  as there is somebody who merges it (`keep_writes`: the stream)
+
+What is kept (kept_parts.py) is what the guest finds; it is in the image when a flush is acknowledged.
 """
 
+import asyncio
 import logging
+from collections.abc import Callable
 
+from blockd.aio import Coalesced, task_group
 from blockd.block.chain import layer_map, unfiltered
-from blockd.block.node import BlockNode, Buffer, FillCounts, FilterNode, OverlayNode
+from blockd.block.node import BlockNode, Buffer, FillCounts, FilterNode, OverlayNode, Segment
+from blockd.block.segments import zeroes
 from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
-from blockd.filters.write_queue import WriteQueue
+from blockd.filters.kept_parts import KeptCluster, KeptParts
+from blockd.filters.write_queue import Copy, WriteQueue
 from blockd.units import MIB, align_down, align_up
 
 log = logging.getLogger(__name__)
 
-# The most that one copy takes: a guest write into part of a cluster may have to wait for it.
+# The most that one copy takes: a guest's write of part of a cluster may have to wait for it where nothing is
+# kept.
 COPY_LENGTH_MAX = 4 * MIB
+# How many kept parts may wait for the source at once.
+MERGE_COUNT = 8
 
 _DATA = (Kind.DATA,)
 _DATA_AND_ZERO = (Kind.DATA, Kind.ZERO)
@@ -40,6 +53,10 @@ class BlkStream(FilterNode):
         self.base = base
         self.guest_written = 0
         self._queue = WriteQueue(active.cluster_size)
+        self._kept = KeptParts(active.cluster_size)
+        self._is_keeping = False
+        self._merges = asyncio.Semaphore(MERGE_COUNT)
+        self._merge_all = Coalesced(self._merge_all_once)
 
     # -- copying ------------------------------------------------------------------------------
 
@@ -87,11 +104,18 @@ class BlkStream(FilterNode):
                   length <= COPY_LENGTH_MAX.
         Raises:   StorageError: reading or writing failed; what was there is unchanged.
         """
-        backing = self.active.backing
-        assert backing is not None, "nothing can be missing without a backing"
-        async with self._queue.copying(offset, align_up(offset + length, self.cluster_size)) as copy:
-            source = await self.active.plan_read(offset, length)
-            return await self.active.fill(offset, length, source, copy.is_wanted, keep_cached=keep_cached)
+        end = align_up(offset + length, self.cluster_size)
+        async with self._queue.copying(offset, end) as copy:
+            counts = await self._fill(copy, keep_cached=keep_cached)
+        if self._kept:
+            await self._land(offset, end)
+        return counts
+
+    async def _fill(self, copy: Copy, *, keep_cached: bool) -> FillCounts:
+        assert self.active.backing is not None, "nothing can be missing without a backing"
+        length = min(copy.end, self.size) - copy.start
+        source = await self.active.plan_read(copy.start, length)
+        return await self.active.fill(copy.start, length, source, copy.is_wanted, keep_cached=keep_cached)
 
     async def _copy_on_read(self, offset: int, length: int) -> None:
         end = min(align_up(offset + length, self.cluster_size), self.size)
@@ -111,9 +135,11 @@ class BlkStream(FilterNode):
                 # The guest asked to read: it gets its data from below, or that read's own error.
                 log.warning("copy-on-read of %s at %d failed: %s", self.filename, start, error.message)
 
-    # -- guest requests -----------------------------------------------------------------------
+    # -- guest reads --------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        if self._kept and self._kept.touches(offset, offset + length):
+            return None
         data = self.active.read_own_nowait(offset, length)
         if data is None and self.base is not None:
             return self._read_base_nowait(self.base, offset, length)
@@ -131,10 +157,44 @@ class BlkStream(FilterNode):
         return node.read_nowait(offset, length) if offset + length <= node.size else None
 
     async def read(self, offset: int, length: int) -> Buffer:
+        # What is kept now: later it may be in the image, or written over, and either is right for this read.
+        kept = self._kept.pieces(offset, length) if self._kept else []
+        if not kept:
+            return await self._read_copying(offset, length)
+        content = bytearray(length)
+        position = offset
+        for start, data in [*kept, (offset + length, b"")]:
+            if position < start:
+                content[position - offset : start - offset] = await self._read_copying(
+                    position, start - position
+                )
+            position = start + len(data)
+            content[start - offset : position - offset] = data
+        return content
+
+    async def _read_copying(self, offset: int, length: int) -> Buffer:
         await self._copy_on_read(offset, length)
         return await self.active.read(offset, length)
 
+    # What looks at the image past this node sees nothing of what is kept.
+
+    async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        await self._merge_range(offset, offset + length)
+        return await self.active.plan_read(offset, length)
+
+    async def map(self, offset: int, length: int) -> list[Extent]:
+        await self._merge_range(offset, offset + length)
+        return await self.active.map(offset, length)
+
+    def kind_nowait(self, offset: int, length: int) -> Kind | None:
+        is_kept = self._kept and self._kept.touches(offset, offset + length)
+        return None if is_kept else self.active.kind_nowait(offset, length)
+
+    # -- guest writes -------------------------------------------------------------------------
+
     def write_nowait(self, offset: int, data: Buffer) -> bool:
+        if self._kept and self._kept.touches(offset, offset + len(data)):
+            return False
         # What is written without waiting is in the map at once: a copy in flight finds it and leaves it.
         if self.active.write_nowait(offset, data):
             self.guest_written += len(data)
@@ -142,18 +202,185 @@ class BlkStream(FilterNode):
         return False
 
     async def write(self, offset: int, data: Buffer) -> None:
-        async with self._queue.writing(offset, self._write_end(offset + len(data))):
-            await self.active.write(offset, data)
+        view = memoryview(data)
+        start, end = await self._keep_parts(
+            offset, offset + len(data), lambda low, high: view[low - offset : high - offset]
+        )
+        if start < end:
+            async with self._queue.writing(start, self._write_end(end)):
+                await self.active.write(start, view[start - offset : end - offset])
+                self._drop_kept(start, end)
         self.guest_written += len(data)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
-        async with self._queue.writing(offset, self._write_end(offset + length)):
-            await self.active.write_zeroes(offset, length, unmap=unmap)
+        start, end = await self._keep_parts(offset, offset + length, lambda low, high: zeroes(high - low))
+        if start < end:
+            async with self._queue.writing(start, self._write_end(end)):
+                await self.active.write_zeroes(start, end - start, unmap=unmap)
+                self._drop_kept(start, end)
 
     async def discard(self, offset: int, length: int) -> None:
-        async with self._queue.writing(offset, self._write_end(offset + length)):
-            await self.active.discard(offset, length)
+        """Give back whole clusters; those of which a part is kept become zeroes, not what is below again."""
+        start = align_up(offset, self.cluster_size)
+        end = align_down(self._write_end(offset + length), self.cluster_size)
+        if start >= end:
+            return
+        async with self._queue.writing(start, end):
+            length = min(end, self.size) - start
+            if self._kept.touches(start, end):
+                await self.active.write_zeroes(start, length)
+                self._kept.drop(start, end)
+            else:
+                await self.active.discard(start, length)
 
     def _write_end(self, end: int) -> int:
         """A write up to the disk's end covers its last cluster, whole or not."""
         return align_up(end, self.cluster_size) if end == self.size else end
+
+    def _drop_kept(self, start: int, end: int) -> None:
+        """What was kept of the whole clusters in a range has been written over."""
+        first = align_up(start, self.cluster_size)
+        last = align_down(self._write_end(end), self.cluster_size)
+        if self._kept and first < last:
+            self._kept.drop(first, last)
+
+    # -- keeping parts of clusters ------------------------------------------------------------
+
+    async def _keep_parts(self, offset: int, end: int, part: Callable[[int, int], Buffer]) -> tuple[int, int]:
+        """Take care of the parts of clusters at both ends; returns the range that is left to be written."""
+        start = offset
+        first = min(align_up(start, self.cluster_size), end)
+        last = align_down(self._write_end(end), self.cluster_size)
+        if start < first and await self._keep_part(start, part(start, first)):
+            start = first
+        if max(start, first) <= last < end and await self._keep_part(last, part(last, end)):
+            end = last
+        return start, end
+
+    async def _keep_part(self, offset: int, data: Buffer) -> bool:
+        """Write a part of a cluster if that needs no waiting, or keep it; False: write it as any other.
+
+        Raises:   StorageError: there is no room for it, and what is kept already cannot be merged.
+        """
+        start = align_down(offset, self.cluster_size)
+        await self._queue.landed(start, start + self.cluster_size)
+        if start not in self._kept:
+            is_missing = await self._is_missing(start)
+            if start in self._kept:
+                return await self._keep_part(offset, data)
+            if not is_missing:
+                self._queue.cancel_copies(start, start + self.cluster_size)
+                return False
+            if self.active.write_nowait(offset, data):
+                return True
+        if self._is_keeping and self._kept.has_room(offset, len(data)):
+            self._kept.put(offset, data)
+            return True
+        await self._merge_range(offset, offset + len(data))
+        return False
+
+    async def _is_missing(self, cluster_offset: int) -> bool:
+        """Whether a cluster is not the image's own."""
+        length = min(self.cluster_size, self.size - cluster_offset)
+        first = (await self.active.map(cluster_offset, length))[0]
+        return first.kind is Kind.UNALLOCATED and self.active.backing is not None
+
+    async def keep_writes(self) -> None:
+        """While this runs, parts of clusters are kept, and merged as soon as the source answers.
+
+        A merge that fails is tried again by the next flush, which reports it, or by the stream.
+        """
+        self._is_keeping = True
+        try:
+            async with task_group() as tasks:
+                for _ in range(MERGE_COUNT):
+                    tasks.create_task(self._merge_what_comes())
+        finally:
+            self._is_keeping = False
+
+    async def _merge_what_comes(self) -> None:
+        while True:
+            start, end = await self._kept.take(COPY_LENGTH_MAX)
+            try:
+                await self._merge(start, end)
+            except StorageError as error:
+                log.warning(
+                    "%s: what was written at %d stays in memory: %s", self.filename, start, error.message
+                )
+
+    # -- merging ------------------------------------------------------------------------------
+
+    async def flush(self) -> None:
+        await self.settle()
+        await self.active.flush()
+
+    async def settle(self) -> None:
+        """Merge what is kept now.
+
+        Raises:   StorageError: some of it cannot be; it stays kept.
+        """
+        if self._kept:
+            await self._merge_all()
+
+    catch_up = settle
+
+    async def let_go(self) -> StorageError | None:
+        """Settle for the last time; returns why something that was acknowledged is lost, if it is."""
+        try:
+            await self.settle()
+        except StorageError as error:
+            self._kept.drop(0, self.size)
+            return error
+        return None
+
+    async def _merge_all_once(self) -> None:
+        """Merge what is kept now, all of it that can be."""
+        errors: list[StorageError] = []
+
+        async def merge(start: int, end: int) -> None:
+            try:
+                await self._merge(start, end)
+            except StorageError as error:
+                errors.append(error)
+
+        async with task_group() as tasks:
+            for start, end in self._kept.runs(COPY_LENGTH_MAX):
+                tasks.create_task(merge(start, end))
+        if errors:
+            raise errors[0]
+
+    async def _merge_range(self, start: int, end: int) -> None:
+        if self._kept and self._kept.touches(start, end):
+            for cluster in self._kept.clusters(start, end):
+                await self._merge(cluster.offset, cluster.offset + self.cluster_size)
+
+    async def _merge(self, start: int, end: int) -> None:
+        """Put what is kept of a range of clusters into the image.
+
+        Raises:   StorageError: copying or writing failed; all that is not in the image stays kept.
+        """
+        async with self._merges:
+            while self._kept.touches(start, end):
+                if not all(map(self._is_whole, self._kept.clusters(start, end))):
+                    async with self._queue.copying(start, end) as copy:
+                        if self.active.backing is not None:
+                            await self._fill(copy, keep_cached=True)
+                await self._land(start, end)
+
+    async def _land(self, start: int, end: int) -> None:
+        """Write what is kept of those clusters of a range that need nothing from below any more."""
+        for offset in [cluster.offset for cluster in self._kept.clusters(start, end)]:
+            cluster_end = offset + self.cluster_size
+            async with self._queue.landing(offset, cluster_end):
+                for cluster in self._kept.clusters(offset, cluster_end):  # unless it was written over
+                    if self._is_whole(cluster) or not await self._is_missing(offset):
+                        await self._write_pieces(cluster)
+                        self._kept.drop(offset, cluster_end)
+
+    def _is_whole(self, cluster: KeptCluster) -> bool:
+        return cluster.covers(min(cluster.offset + self.cluster_size, self.size))
+
+    async def _write_pieces(self, cluster: KeptCluster) -> None:
+        for offset, data in cluster.pieces(cluster.offset, cluster.offset + self.cluster_size):
+            if not self.active.write_nowait(offset, data):
+                await self.active.write(offset, data)

@@ -3,14 +3,17 @@
 A copy brings old data; a guest write brings new data, and always wins:
 
 - A guest write that covers a whole cluster cancels the copy of it, and goes on at once.
-- A guest write that covers part of a cluster waits for the copy, whose data it needs around it.
+- A guest write that covers part of a cluster waits for the copy, whose data it needs around it; while
+  somebody merges what is kept, it is kept instead and goes on at once (kept_parts.py).
+- What was kept lands on top of the copy: after the guest writes to its cluster that came before, and
+  before those that come later, for it is older than they are.
 - A copy waits for guest writes and other copies of its clusters that came before it. What it then
   finds there it leaves alone: after waiting, the map is looked at again.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from blockd.units import align_down, align_up
 
@@ -36,7 +39,7 @@ class Copy(Entry):
 
     def cancel(self, start: int, end: int) -> None:
         """The copy of these clusters is no longer wanted."""
-        if self.overlaps(start, end):
+        if start < end and self.overlaps(start, end):
             self._cancelled.append((start, end))
 
     def is_wanted(self, cluster_offset: int) -> bool:
@@ -50,6 +53,7 @@ class WriteQueue:
         self._cluster_size = cluster_size
         self._copies: list[Copy] = []
         self._writes: list[Entry] = []
+        self._landings: list[Entry] = []
 
     @asynccontextmanager
     async def copying(self, start: int, end: int) -> AsyncIterator[Copy]:
@@ -76,23 +80,37 @@ class WriteQueue:
         Cancel:   while waiting: nothing is entered; copies may have been cancelled for nothing.
         """
         start, aligned_end = align_down(offset, self._cluster_size), align_up(end, self._cluster_size)
-        while (needed := self._cancel_copies(offset, end)) is not None:
-            await asyncio.shield(needed.done)
-        entry = Entry(start, aligned_end)
-        self._writes.append(entry)
-        try:
+        while (before := self._before_write(offset, end)) is not None:
+            await asyncio.shield(before.done)
+        with _entered(self._writes, start, aligned_end):
             yield
-        finally:
-            self._writes.remove(entry)
-            entry.done.set_result(None)
 
-    def _cancel_copies(self, offset: int, end: int) -> Copy | None:
-        """Cancel the copies of wholly covered clusters; returns one that the write has to wait for."""
-        first, last = align_up(offset, self._cluster_size), align_down(end, self._cluster_size)
+    def _before_write(self, offset: int, end: int) -> Entry | None:
+        """Cancel the copies of wholly covered clusters; returns what the write has to wait for."""
+        self.cancel_copies(align_up(offset, self._cluster_size), align_down(end, self._cluster_size))
+        needed = _overlapping_cluster(self._copies, self._partial_clusters(offset, end))
+        return needed or _overlapping(self._landings, align_down(offset, self._cluster_size), end)
+
+    def cancel_copies(self, start: int, end: int) -> None:
+        """Let go of the copies of these clusters: they are about to get content, or have some."""
         for copy in self._copies:
-            if first < last:
-                copy.cancel(first, last)
-        return _overlapping_cluster(self._copies, self._partial_clusters(offset, end))
+            copy.cancel(start, end)
+
+    @asynccontextmanager
+    async def landing(self, start: int, end: int) -> AsyncIterator[None]:
+        """Write what was kept of a cluster, between the guest writes before and those after.
+
+        Cancel:   while waiting: nothing is entered.
+        """
+        while (before := _overlapping([*self._writes, *self._landings], start, end)) is not None:
+            await asyncio.shield(before.done)
+        with _entered(self._landings, start, end):
+            yield
+
+    async def landed(self, start: int, end: int) -> None:
+        """Return when nothing lands on these clusters."""
+        while (before := _overlapping(self._landings, start, end)) is not None:
+            await asyncio.shield(before.done)
 
     def _partial_clusters(self, offset: int, end: int) -> list[int]:
         """The clusters, by offset, of which the range covers only a part."""
@@ -101,6 +119,17 @@ class WriteQueue:
             for position in (offset, end)
             if position % self._cluster_size
         ]
+
+
+@contextmanager
+def _entered(entries: list[Entry], start: int, end: int) -> Iterator[None]:
+    entry = Entry(start, end)
+    entries.append(entry)
+    try:
+        yield
+    finally:
+        entries.remove(entry)
+        entry.done.set_result(None)
 
 
 def _overlapping(entries: Iterable[Entry], start: int, end: int) -> Entry | None:

@@ -48,6 +48,8 @@ class StreamTarget(Protocol):
 
     async def populate(self, offset: int, length: int) -> FillCounts: ...
 
+    async def keep_writes(self) -> None: ...
+
     async def flush(self) -> None: ...
 
 
@@ -119,11 +121,15 @@ class StreamJob(Job):
 
     async def run(self) -> None:
         async with task_group() as tasks:
-            checkpoints = tasks.create_task(self._make_checkpoints())
+            beside = [
+                tasks.create_task(self._make_checkpoints()),
+                tasks.create_task(self._target.keep_writes()),
+            ]
             try:
                 await self._stream()
             finally:
-                checkpoints.cancel()
+                for task in beside:
+                    task.cancel()
         await self._flush()
 
     async def commit(self) -> None:
@@ -274,7 +280,8 @@ class StreamJob(Job):
                 continue
             copied = replace(self.counters)
             try:
-                await self._target.flush()
+                # Of the image alone: what the filter keeps may have to wait for the source.
+                await self._target.active.flush()
                 durable = copied
             except StorageError as error:
                 # The job's last step meets the same error and fails with it.

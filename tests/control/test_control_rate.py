@@ -36,6 +36,9 @@ class SlowTarget:
         self.copies.append((now(), length))
         return FillCounts(length, 0, 0)
 
+    async def keep_writes(self) -> None:
+        """Nobody writes."""
+
     async def flush(self) -> None:
         """Nothing to flush."""
 

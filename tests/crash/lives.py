@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from blockd.aio import task_group
+from blockd.block.node import BlockNode
 from tests.crash.judge import Judge
 from tests.crash.operations import OPERATIONS, TARGETS, is_possible
-from tests.crash.scene import Scene
+from tests.crash.scene import SETTLED_STEP_COUNT, Scene, unwrapped
+from tests.doubles import LateNode
 from tests.inline_threads import steps
 
 GUEST_KINDS = ("write", "zero", "discard", "read")
@@ -54,6 +56,8 @@ class Life:
     image_format: str = "qcow2"
     # What else the images are made with.
     options: tuple[tuple[str, object], ...] = ()
+    # The backing answers late, so that guests are ahead of streams.
+    is_late: bool = False
 
     async def run(self) -> Scene:
         """Live it; at the end the power is cut."""
@@ -63,6 +67,7 @@ class Life:
             options=dict(self.options),
             base_name=self.base_name,
             is_slow=self.is_slow,
+            wrap_source=_late if self.is_late else unwrapped,
         )
         async with scene.running():
             for step in self.steps:
@@ -82,6 +87,10 @@ class Life:
             has_room = scene.model.size // scene.cluster_size < CLUSTER_COUNT_MAX
             if step.kind != "grow" or has_room:
                 await OPERATIONS[step.kind](scene)
+
+
+def _late(source: BlockNode) -> BlockNode:
+    return LateNode(source, random.Random(1), SETTLED_STEP_COUNT)
 
 
 async def _use(scene: Scene, step: GuestStep) -> None:
@@ -111,6 +120,7 @@ def draw(rng: random.Random, step_count: int) -> Life:
             life.steps.append(DiskStep(rng.choices(DISK_KINDS, weights=[8, 8, 1, 1, 1, 1, 1])[0]))
         else:
             life.steps.append(Together(tuple(_draw_guest_step(rng) for _ in range(rng.randrange(2, 5)))))
+    life.is_late = rng.random() < 0.5
     return life
 
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from blockd.devices import overlays
 from blockd.errors import BlockdError
 from blockd.exports.nbd import requests
+from blockd.filters import blkstream
 from blockd.formats.add_cow import checkpoint as add_cow_checkpoint
 from blockd.formats.add_cow import create as add_cow_create
 from blockd.formats.add_cow import image as add_cow_image
@@ -43,7 +44,7 @@ MODULES: list[ModuleType] = [
     *(checkpoint, create, image, metadata, repair),
     *(qed_checkpoint, qed_create, qed_image, qed_metadata, qed_repair),
     *(add_cow_checkpoint, add_cow_create, add_cow_image, add_cow_metadata),
-    *(raw_create, raw_image, new_file, overlays, stream, requests),
+    *(raw_create, raw_image, new_file, overlays, stream, requests, blkstream),
 ]
 # A statement that calls one of these keeps an order, or a promise.
 ORDERING_CALLS = {"sync_blocking", "flush", "_flush", "checkpoint_locked", "settle"}
@@ -133,6 +134,8 @@ SITES: dict[str, list[str]] = {
     "jobs.stream.StreamJob._flush": ["copies → pending"],
     "jobs.stream.StreamJob._make_checkpoints": ["copies → not copied again after a crash"],
     "exports.nbd.requests._carried_out": ["data → write with FUA acknowledged"],
+    "filters.blkstream.BlkStream.flush": ["kept parts → flush acknowledged", "data → flush acknowledged"],
+    "filters.blkstream.BlkStream.let_go": ["kept parts → the filter goes away"],
     "exports.nbd.requests._flush": ["data → flush acknowledged"],
 }
 # Leaving these out costs no data, and why.

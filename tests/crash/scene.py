@@ -69,6 +69,11 @@ class Since(NamedTuple):
     backing_names: frozenset[str | None]
 
 
+def unwrapped(source: BlockNode) -> BlockNode:
+    """Put nothing between an image and its backing."""
+    return source
+
+
 class Scene:
     """The disk; `moments` tell what a crash may leave, by position on the tape."""
 
@@ -84,6 +89,7 @@ class Scene:
         is_slow: bool = False,
         prepare: Callable[[bytes], bytes] = bytes,
         hidden_count: int = 0,
+        wrap_source: Callable[[BlockNode], BlockNode] = unwrapped,
         seed: int = 0,
     ) -> None:
         self.cluster_size = cluster_size
@@ -113,6 +119,8 @@ class Scene:
         self._is_slow = is_slow
         # Changes the first image before anything happens to it.
         self._prepare = prepare
+        # Puts something between the first image and its backing.
+        self._wrap_source = wrap_source
         self._rng = random.Random(seed)
 
     # -- building ---------------------------------------------------------------------------------
@@ -152,7 +160,9 @@ class Scene:
             if kind != "-":
                 await middle.write(*self._drawn_cluster(index))
         await middle.flush()
-        self.nodes[MIDDLE] = await open_overlay(middle_file, self.nodes[BASE], read_only=True)
+        self.nodes[MIDDLE] = self._wrap_source(
+            await open_overlay(middle_file, self.nodes[BASE], read_only=True)
+        )
 
     def _drawn_cluster(self, index: int) -> tuple[int, bytes]:
         start = index * self.cluster_size

@@ -4,9 +4,13 @@ from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+from blockd.aio import task_group
+from blockd.block.node import BlockNode
 from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2.mapping import pack_entries
-from tests.crash.scene import BASE, MIDDLE, Scene
+from tests.crash.scene import BASE, MIDDLE, SETTLED_STEP_COUNT, Scene, unwrapped
+from tests.doubles import HeldNode
+from tests.inline_threads import steps
 
 
 async def write_whole(scene: Scene) -> None:
@@ -88,6 +92,28 @@ async def stream_twice(scene: Scene) -> None:
 async def cancel_then_stream(scene: Scene) -> None:
     await scene.stream_step()
     await scene.write(0.5, 2)
+    await scene.flush()
+    await scene.complete()
+
+
+async def keep_parts(scene: Scene) -> None:
+    """Parts of clusters are written while the source does not answer; flushes and a cancel wait for it."""
+    source = scene.nodes[MIDDLE]
+    assert isinstance(source, HeldNode)
+    source.hold()
+    await scene.stream_step()
+    for first, count in ((1.25, 0.5), (5.5, 1.0), (1.5, 0.25)):
+        await scene.write(first, count)
+    async with task_group() as tasks:
+        tasks.create_task(scene.flush())
+        await steps(SETTLED_STEP_COUNT)
+        source.release()
+    source.hold()
+    await scene.write(8.25, 0.5)
+    async with task_group() as tasks:
+        tasks.create_task(scene.cancel())
+        await steps(SETTLED_STEP_COUNT)
+        source.release()
     await scene.flush()
     await scene.complete()
 
@@ -209,6 +235,7 @@ class Workload:
     hidden_count: int = 0
     prepare: Callable[[bytes], bytes] = bytes
     image_format: str = "qcow2"
+    wrap_source: Callable[[BlockNode], BlockNode] = unwrapped
     # What else the active images are made with.
     options: tuple[tuple[str, object], ...] = ()
     variant: str = ""
@@ -230,6 +257,7 @@ class Workload:
             options=dict(self.options),
             hidden_count=self.hidden_count,
             prepare=self.prepare,
+            wrap_source=self.wrap_source,
         )
 
 
@@ -244,6 +272,7 @@ WORKLOADS = [
     Workload(write_then_stream),
     Workload(stream_twice),
     Workload(cancel_then_stream),
+    Workload(keep_parts, wrap_source=HeldNode),
     Workload(copy_on_read),
     Workload(grow),
     Workload(grow_over_the_backing, hidden_count=4),

@@ -13,13 +13,16 @@ from pathlib import Path
 import pytest
 
 from blockd.block.chain import chain
-from blockd.block.node import BlockNode, OverlayNode
+from blockd.block.node import BlockNode, Buffer, OverlayNode
 from blockd.errors import RequestError
+from blockd.filters.kept_parts import KeptParts
 from blockd.formats.raw.image import RawImage
 from blockd.jobs.stream import StreamJob
 from tests import qemu_img
 from tests.chains import read_all
 from tests.crash.judge import problems_after_crash
+from tests.crash.scene import small_pieces
+from tests.doubles import LateNode
 from tests.guest import Guest, RootDisk
 from tests.inline_threads import steps, use_inline_threads
 from tests.model import AfterCrash, ModelDisk, drawn
@@ -27,13 +30,18 @@ from tests.recording import RecordingFile, Timeline
 from tests.streaming import Streaming, check, open_overlay, overlay, streaming
 
 SEEDS_PER_TEST = 20
+LATE_SEEDS_PER_TEST = 12
+LATE_STEP_COUNT_MAX = 60
 
 
 class Life:
     """One disk from its making to its end; everything follows from the seed, but for real threads."""
 
-    def __init__(self, seed: int, image_format: str) -> None:
+    def __init__(self, seed: int, image_format: str, *, is_late: bool) -> None:
+        self.seed = seed
         self.rng = random.Random(seed)
+        # The base answers late and streams take small steps, so that guests are ahead of them.
+        self.is_late = is_late
         # Of the active images; the backings are of others.
         self.image_format = image_format
         self.cluster_size = self.rng.choice([512, 1024, 4096]) if image_format == "qcow2" else 4096
@@ -70,6 +78,8 @@ class Life:
         file = RecordingFile(drawn([base_drawing], self.cluster_size), "base.raw")
         node: BlockNode = await RawImage.open(file, node_name="base", read_only=True)
         self._remember(node)
+        if self.is_late:
+            node = LateNode(node, random.Random(self.seed), LATE_STEP_COUNT_MAX)
         layers = [base_drawing]
         for depth in range(self.rng.choice([0, 0, 1, 2])):
             layers.append(self._drawing("-MN0", self.rng.choice([1, 1, 0.5])))
@@ -135,6 +145,8 @@ class Life:
 
     async def _operator(self, step_count: int) -> None:
         rng = random.Random(self.rng.getrandbits(32))
+        if self.is_late:
+            await self._start(rng)
         for _ in range(step_count):
             await steps(rng.randrange(30))
             await getattr(self, rng.choice(["_start", "_start", "_cancel", "_pause", "_wait", "_switch"]))(
@@ -208,10 +220,13 @@ class Life:
         qemu_img.assert_same(path, "qcow2", expected, "raw")
 
 
-async def _live(seed: int, *, guest_count: int, step_count: int, image_format: str = "qcow2") -> Life:
-    life = Life(seed, image_format)
+async def _live(
+    seed: int, *, guest_count: int, step_count: int, image_format: str = "qcow2", is_late: bool = False
+) -> Life:
+    life = Life(seed, image_format, is_late=is_late)
     try:
-        await life.live(guest_count=guest_count, step_count=step_count)
+        with small_pieces(life.cluster_size) if is_late else contextlib.nullcontext():
+            await life.live(guest_count=guest_count, step_count=step_count)
         await life.check_alone()
         await life.check_some_crashes(4)
     except BaseException as error:
@@ -239,6 +254,24 @@ async def test_many_random_lives_on_add_cow() -> None:
     use_inline_threads()
     for seed in range(10_000, 10_030):
         await _live(seed, guest_count=1 + seed % 6, step_count=60, image_format="add-cow")
+
+
+@pytest.mark.parametrize("block", range(4))
+async def test_random_lives_over_a_late_source(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Guests write parts of clusters that the stream has not come to yet."""
+    kept: list[int] = []
+    put = KeptParts.put
+
+    def counted(parts: KeptParts, offset: int, data: Buffer) -> None:
+        kept.append(offset)
+        put(parts, offset, data)
+
+    monkeypatch.setattr(KeptParts, "put", counted)
+    if block % 2:
+        use_inline_threads()
+    for seed in range(block * LATE_SEEDS_PER_TEST, (block + 1) * LATE_SEEDS_PER_TEST):
+        await _live(seed, guest_count=4, step_count=40, is_late=True)
+    assert kept or not block % 2  # with real threads nothing is sure
 
 
 @pytest.mark.slow

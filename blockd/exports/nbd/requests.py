@@ -119,6 +119,8 @@ async def _carried_out(terms: Terms, request: Request, payload: Buffer) -> list[
             data = await command.perform(node, request, payload)
             if request.flags & nbd.CMD_FLAG_FUA and command.modifies:
                 await node.flush()
+            if request.flags & nbd.CMD_FLAG_FUA or request.command == nbd.CMD_FLUSH:
+                terms.export.root.report_loss()
     if request.command == nbd.CMD_READ:
         return _read_reply(terms, request, data)
     return [wire.pack_simple_reply(request.cookie) if data is None else data]
@@ -177,6 +179,7 @@ async def _cache(node: BlockNode, request: Request, _: Buffer) -> None:
 
 
 async def _block_status(node: BlockNode, request: Request, _: Buffer) -> Buffer:
+    await node.catch_up()  # the maps know nothing of what is still in memory
     count = 1 if request.flags & nbd.CMD_FLAG_REQ_ONE else STATUS_RUN_COUNT_MAX
     runs = await _status_runs(node, request.offset, request.offset + request.length, count)
     return wire.pack_block_status(request.cookie, ALLOCATION_CONTEXT_ID, runs)
