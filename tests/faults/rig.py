@@ -170,17 +170,28 @@ class Rig:
 
 
 @asynccontextmanager
-async def rig(site: Site, number: int, code: int, *, once: bool, cluster_count: int) -> AsyncIterator[Rig]:
+async def rig(
+    site: Site,
+    number: int,
+    code: int,
+    *,
+    once: bool,
+    cluster_count: int,
+    image_format: str = "qcow2",
+    cluster_size: int = CLUSTER,
+) -> AsyncIterator[Rig]:
     """An image that was used and closed before, on which a kind of operation is going to fail."""
-    content = drawn(["B" * cluster_count], CLUSTER)
+    content = drawn(["B" * cluster_count], cluster_size)
     recording = RecordingFile()
     base_file = RecordingFile(content, "base.raw")
     plain_base = await RawImage.open(base_file, node_name="base", read_only=True)
-    image = await overlay(recording, plain_base, len(content), cluster_size=CLUSTER)
+    image = await overlay(
+        recording, plain_base, len(content), cluster_size=cluster_size, image_format=image_format
+    )
     model = ModelDisk(content)
-    used = Guest(RootDisk(Root(image)), model, random.Random(0), cluster_size=CLUSTER)
-    await used.write(5 * CLUSTER, 2 * CLUSTER)
-    await used.write(CLUSTER * cluster_count // 2, CLUSTER)
+    used = Guest(RootDisk(Root(image)), model, random.Random(0), cluster_size=cluster_size)
+    await used.write(5 * cluster_size, 2 * cluster_size)
+    await used.write(cluster_size * cluster_count // 2, cluster_size)
     await used.flush()
     await image.close()
 
@@ -192,4 +203,4 @@ async def rig(site: Site, number: int, code: int, *, once: bool, cluster_count: 
         disk = Streaming(await open_overlay(faults, base), jobs)
         rules = NthRules(site, number, code, once=once)
         (faults if site.file == "active" else base_faults).rules = rules
-        yield Rig(disk, rules, observer, model, base, recording, faults, base_faults)
+        yield Rig(disk, rules, observer, model, base, recording, faults, base_faults, cluster_size)

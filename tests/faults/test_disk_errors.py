@@ -24,6 +24,8 @@ from tests.faults.rig import CLUSTER, Rig, Site, rig
 from tests.inline_threads import steps, use_inline_threads
 
 COUNT = 300  # five L2 tables and two refcount blocks
+# Cluster size and count.
+GEOMETRIES = {"qcow2": (CLUSTER, COUNT), "qed": (4096, 108)}
 
 SITES = [
     Site(Event.PWRITEV, IoType.WRITE),
@@ -40,6 +42,15 @@ SITES = [
     Site(Event.L2_LOAD, IoType.READ),
     Site(Event.REFBLOCK_LOAD, IoType.READ),
     Site(Event.READ_AIO, IoType.READ, "base"),
+]
+QED_CASES = [
+    (Site(Event.PWRITEV, IoType.WRITE), OnError.STOP),
+    (Site(Event.L2_UPDATE, IoType.WRITE), OnError.STOP),
+    (Site(Event.L2_UPDATE, IoType.WRITE), OnError.REPORT),
+    (Site(Event.CLUSTER_ALLOC, IoType.WRITE), OnError.STOP),
+    (Site(Event.WRITE_AIO, IoType.WRITE), OnError.STOP),
+    (Site(Event.READ_AIO, IoType.READ), OnError.STOP),
+    (Site(Event.READ_AIO, IoType.READ, "base"), OnError.REPORT),
 ]
 POLICIES = [OnError.REPORT, OnError.IGNORE, OnError.STOP, OnError.ENOSPC]
 CODES = [errno.EIO, errno.ENOSPC]
@@ -64,20 +75,54 @@ async def test_nth_operation_fails_under_a_stream(
     site: Site, on_error: OnError, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for once, code in itertools.product([True, False], CODES):
-        for number in itertools.count(1):
-            caplog.clear()
-            async with rig(site, number, code, once=once, cluster_count=COUNT) as scene:
-                await stream_through(scene, on_error, code)
-                # Copy-on-read and checkpoints that fail cost nobody anything, and are only logged.
-                was_told = bool(scene.errors or scene.job_errors or scene.has_failed_job or caplog.records)
-                was_met = scene.rules.fault_count > 0
-                assert was_told == was_met, f"fault {number}"
-                await assert_all_is_well(scene)
-            if not was_met:
-                break
-        assert number > 1
-    (tmp_path / "active.qcow2").write_bytes(scene.recording.disk)
+        image = await fail_one_after_the_other(site, on_error, code, caplog, once=once)
+    (tmp_path / "active.qcow2").write_bytes(image)
     qemu_img.assert_sound(tmp_path / "active.qcow2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("site", "on_error"), QED_CASES, ids=str)
+async def test_nth_operation_fails_under_a_stream_into_qed(
+    site: Site, on_error: OnError, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for once, code in ((True, errno.EIO), (False, errno.ENOSPC)):
+        image = await fail_one_after_the_other(site, on_error, code, caplog, once=once, image_format="qed")
+    (tmp_path / "active.qed").write_bytes(image)
+    qemu_img.assert_sound(tmp_path / "active.qed", "qed")
+
+
+async def fail_one_after_the_other(
+    site: Site,
+    on_error: OnError,
+    code: int,
+    caplog: pytest.LogCaptureFixture,
+    *,
+    once: bool,
+    image_format: str = "qcow2",
+) -> bytes:
+    """The first, the second, the third … operation fails, until none does; returns the last image file."""
+    cluster_size, cluster_count = GEOMETRIES[image_format]
+    for number in itertools.count(1):
+        caplog.clear()
+        async with rig(
+            site,
+            number,
+            code,
+            once=once,
+            image_format=image_format,
+            cluster_size=cluster_size,
+            cluster_count=cluster_count,
+        ) as scene:
+            await stream_through(scene, on_error, code)
+            # Copy-on-read and checkpoints that fail cost nobody anything, and are only logged.
+            was_told = bool(scene.errors or scene.job_errors or scene.has_failed_job or caplog.records)
+            was_met = scene.rules.fault_count > 0
+            assert was_told == was_met, f"fault {number}"
+            await assert_all_is_well(scene)
+        if not was_met:
+            break
+    assert number > 1
+    return bytes(scene.recording.disk)
 
 
 @pytest.mark.parametrize("on_error", POLICIES, ids=str)
