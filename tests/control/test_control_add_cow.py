@@ -10,7 +10,9 @@ from blockd.drivers import FORMATS
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.raw.image import RawImage
 from blockd.protocols.new_file import new_file
+from tests import qemu_img
 from tests.control.running import running
+from tests.layers import opened
 from tests.model import drawn
 from tests.qmp_client import QmpClient
 
@@ -171,3 +173,52 @@ async def test_status_while_copying(tmp_path: Path) -> None:
         specific = node["image"]["format-specific"]
         assert specific["data"] == {"image-file": str(target), "all-allocated": False}
         assert node["image"]["backing-filename"] == "a.raw"
+
+
+async def test_stream_to_a_base_keeps_add_cow_file_and_base(tmp_path: Path) -> None:
+    """Only what is above the base is copied; the plain image alone is not the disk then."""
+    base, middle = tmp_path / "a.raw", tmp_path / "middle.qcow2"
+    expected = bytearray(sparse_raw(base))
+    qemu_img.create(middle, SIZE, backing=base, backing_format="raw")
+    add_cow = tmp_path / "b.add-cow"
+    await create_image(str(add_cow), NewImage("add-cow", SIZE, middle.name, "qcow2"))
+    async with running(tmp_path, "--device", f"vda={middle}") as daemon:
+        client, guest = await daemon.qmp(), await daemon.guest("vda")
+        await guest.write(CLUSTER, b"middle")
+        expected[CLUSTER : CLUSTER + 6] = b"middle"
+        await switched(client, add_cow)
+        await guest.write(3 * CLUSTER, b"top")
+        expected[3 * CLUSTER : 3 * CLUSTER + 3] = b"top"
+        await client.command("block_stream", device="vda", base=str(base))
+        completed = await client.event("BLOCK_STREAM_COMPLETED")
+        assert "image" not in completed
+        assert bytes(await guest.read(0, SIZE)) == expected
+    middle.unlink()
+    async with opened(add_cow, "add-cow", read_only=True) as disk:
+        assert disk.node.backing is not None
+        assert disk.node.backing.filename == str(base)
+        assert bytes(await disk.node.read(0, SIZE)) == expected
+    assert data_size(tmp_path / "b.raw") <= 3 * CLUSTER, "more was copied than the base lacks"
+
+
+async def test_node_that_a_client_has_added_stays(tmp_path: Path) -> None:
+    """A client speaks of it by its name; that it is not needed any more is told all the same."""
+    expected = sparse_raw(tmp_path / "a.raw")
+    add_cow = await make_target(tmp_path, tmp_path / "a.raw")
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        node = {
+            "driver": "add-cow",
+            "node-name": "copy",
+            "file": {"driver": "file", "filename": str(add_cow)},
+        }
+        await client.command("blockdev-add", node)
+        await client.command("block-stream", {"job-id": "j", "device": "copy"})
+        completed = await client.event("BLOCK_JOB_COMPLETED")
+        assert completed["image"] == str(tmp_path / "b.raw")
+        [told] = [n for n in await client.command("query-named-block-nodes") if n["node-name"] == "copy"]
+        assert told["image"]["format-specific"]["data"]["all-allocated"] is True
+        assert "backing-filename" not in told["image"]
+        await client.command("blockdev-del", {"node-name": "copy"})
+        assert await client.command("query-named-block-nodes") == []
+    assert (tmp_path / "b.raw").read_bytes() == expected

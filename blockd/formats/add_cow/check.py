@@ -36,14 +36,14 @@ def _check(file: ProtocolNode, size: int) -> CheckReport:
         report.add_corruption("bitmap", file.size, f"it ends before {needed:#x}, where its last cluster does")
     elif file.size > needed:
         report.add_leak(needed, f"the bitmap goes on up to {file.size:#x}")
-    _count_bits(file, header.size, report)
+    _count_bits(file, header.size, min(file.size, needed), report)
     return report
 
 
-def _count_bits(file: ProtocolNode, start: int, report: CheckReport) -> None:
+def _count_bits(file: ProtocolNode, start: int, end: int, report: CheckReport) -> None:
     offset, remaining = start, report.total_clusters
-    while offset < file.size:
-        buffer = bytearray(min(_CHUNK, file.size - offset))
+    while offset < end:
+        buffer = bytearray(min(_CHUNK, end - offset))
         file.readinto_blocking(offset, memoryview(buffer))
         bits = int.from_bytes(buffer, "little")
         inside = bits & ((1 << min(remaining, len(buffer) * 8)) - 1)
