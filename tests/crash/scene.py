@@ -264,6 +264,7 @@ class Scene:
         """Look what a discard left there before a part changes; past the filter: nothing is to be copied."""
         offset, length = self._range(first, count)
         if self.model.is_unsettled(offset, length):
+            await self.streaming.root.top.catch_up()
             self.model.check_read(offset, bytes(await self.streaming.active.read(offset, length)))
 
     def _range(self, first: float, count: float) -> tuple[int, int]:
