@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from bench.qmp import Qmp
 
@@ -53,6 +54,12 @@ class Image:
         if self.backing is not None:
             words.append(self.backing.options(f"{prefix}backing."))
         return ",".join(words)
+
+    def members(self) -> dict[str, Any]:
+        """The image as arguments of blockdev-add, without a name."""
+        file = {"driver": "file", "filename": str(self.path)}
+        backing = {"backing": self.backing.members()} if self.backing is not None else {}
+        return {"driver": self.format, "file": file} | backing
 
 
 class Running:

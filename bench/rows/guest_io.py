@@ -25,7 +25,7 @@ CLUSTER_SIZE = 64 * KIB
 WRITE_SIZES = {1: 96 * MIB, 16: DATA_SIZE}
 
 
-def _fio(daemon: Running, *options: str) -> dict[str, object]:
+def fio(daemon: Running, *options: str) -> dict[str, object]:
     """Run fio against the export and return its account of the one job."""
     command = [
         *("fio", "--name=guest", "--ioengine=nbd", f"--uri={daemon.nbd_uri}", "--thread"),
@@ -50,7 +50,7 @@ def _figures(job: dict[str, object], direction: str) -> Sample:
 
 def _warm_up(daemon: Running) -> None:
     """Let caches, allocators and the connection code of both sides reach their stride."""
-    _fio(
+    fio(
         daemon,
         "--rw=randread",
         "--bs=4k",
@@ -63,7 +63,7 @@ def _warm_up(daemon: Running) -> None:
 
 def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
     with running(peer, lab.filled(), lab.folder) as daemon:
-        job = _fio(
+        job = fio(
             daemon,
             *(
                 f"--rw={pattern}",
@@ -83,7 +83,7 @@ def _write(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample
     size = DATA_SIZE if pattern == "write" else WRITE_SIZES[depth]
     with running(peer, image, lab.folder) as daemon:
         _warm_up(daemon)
-        job = _fio(
+        job = fio(
             daemon,
             *(f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}", f"--size={size}"),
             f"--buffer_pattern={PATTERN:#x}",
@@ -98,7 +98,7 @@ def _allocating_write(lab: Lab, peer: Peer, depth: int) -> Sample:
     block = 4 * KIB
     with running(peer, image, lab.folder) as daemon:
         _warm_up(daemon)
-        job = _fio(
+        job = fio(
             daemon,
             # After each block skip to the start of the next cluster.
             *(f"--rw=write:{CLUSTER_SIZE - block}", f"--bs={block}", f"--iodepth={depth}"),

@@ -3,6 +3,7 @@
 What is told of neighbouring clusters that are alike is the map entry of the first one.
 """
 
+from array import array
 from collections.abc import Iterator
 
 from blockd.formats.qcow2.corruption import Corruption
@@ -15,6 +16,10 @@ MIXED = -1
 
 # How many clusters are looked up before others get their turn.
 RUN_CLUSTER_COUNT_MAX = 512
+
+
+# Looked at together: 64 TiB of nothing are 131,072 entries, and are walked over again and again.
+_NOTHING = array("Q", bytes(4096))
 
 
 class Lookup:
@@ -84,11 +89,8 @@ class Lookup:
 
     def _unmapped_length(self, l1_index: int, offset: int, length: int) -> int:
         end = offset + length
-        while (next_offset := (l1_index + 1) << self._table_bits) < end and not self._mapping.l1[
-            l1_index + 1
-        ]:
-            l1_index += 1
-        return min(next_offset, end) - offset
+        next_index = _first_set(self._mapping.l1, l1_index + 1, ((end - 1) >> self._table_bits) + 1)
+        return min(next_index << self._table_bits, end) - offset
 
     def _unaligned(self, offset: int, entry: int) -> Corruption:
         return Corruption(
@@ -106,3 +108,13 @@ def continues(first: int, distance: int, entry: int) -> bool:
     if not first or not entry:
         return first == entry
     return entry == first + distance
+
+
+def _first_set(entries: "array[int]", start: int, end: int) -> int:
+    """Where the first entry that is not 0 stands, from `start` on; `end` if there is none."""
+    step = len(_NOTHING)
+    while start + step <= end and entries[start : start + step] == _NOTHING:
+        start += step
+    while start < end and not entries[start]:
+        start += 1
+    return start
