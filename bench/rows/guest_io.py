@@ -7,10 +7,12 @@ when the image is read afterwards.
 import json
 import subprocess
 from functools import partial
+from statistics import quantiles
 
 from bench.lab import DATA_SIZE, Lab
 from bench.peers import Image, Peer, Running, running
 from bench.rows import Figure, Row, Sample
+from bench.rows.copy_loop import write_into_clusters
 from blockd.units import KIB, MIB
 
 IOPS = Figure("rate", "IOPS", is_more_better=True)
@@ -109,6 +111,14 @@ def _allocating_write(lab: Lab, peer: Peer, depth: int) -> Sample:
     return _figures(job, "write")
 
 
+def _bare_allocating_write(lab: Lab) -> Sample:
+    """The same reads and writes of files, by nobody for nobody: the page cache's own price."""
+    lab.settle()
+    stamp = PATTERN.to_bytes(4, "big") * KIB
+    durations = write_into_clusters(lab.raw_base.path, lab.folder / "copied.raw", CLUSTER_SIZE, stamp)
+    return {IOPS.name: len(durations) / sum(durations), P99.name: quantiles(durations, n=100)[98] * 1e6}
+
+
 def _expect_written(lab: Lab, image: Image, *, written_of_unit: int, unit: int, size: int) -> None:
     """Check that the first bytes of each unit up to `size` hold the pattern, and all else the base.
 
@@ -134,7 +144,12 @@ def _random(direction: str, depth: int) -> Row:
 ROWS = [
     *(_random(direction, depth) for direction in ("read", "write") for depth in (1, 16)),
     *(
-        Row(f"allocating write 4 KiB, depth {depth}", (IOPS, P99), partial(_allocating_write, depth=depth))
+        Row(
+            f"allocating write 4 KiB, depth {depth}",
+            (IOPS, P99),
+            partial(_allocating_write, depth=depth),
+            _bare_allocating_write,
+        )
         for depth in (1, 16)
     ),
     Row("sequential read 1 MiB, depth 4", (THROUGHPUT,), partial(_read, pattern="read", block=MIB, depth=4)),

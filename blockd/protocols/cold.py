@@ -18,7 +18,7 @@ import fcntl
 import os
 import threading
 
-from blockd.units import MIB
+from blockd.units import GIB, MIB
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -27,6 +27,8 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 DIRECT_ALIGNMENT = 4096
 # How much is reserved at a time. What is not used is given back.
 ROOM_LENGTH = 64 * MIB
+# With less free space than this none is reserved: others may need it.
+FREE_LENGTH_MIN = 1 * GIB
 # What goes through a pipe at once: as much as anybody may put into one (/proc/sys/fs/pipe-max-size).
 PIPE_LENGTH = 1 * MIB
 
@@ -89,10 +91,9 @@ class FileEnd:
             start, room_end = max(self.size, self._room_end), end + ROOM_LENGTH
             if end <= start or self._has_no_room:
                 return
-            if _libc.fallocate(fd, 0, start, room_end - start):
+            if _free_length(fd) < FREE_LENGTH_MIN or _libc.fallocate(fd, 0, start, room_end - start):
                 self._has_no_room = True  # there is no such call here, or the disk is nearly full
-            else:
-                self._room_end = room_end
+            self._room_end = room_end  # also then: a part of it may have been reserved
 
     def give_back(self, fd: int, *, unless_used: bool = False) -> None:
         """Cut unused room off; `unless_used`: not if it was used since this was last asked for."""
@@ -105,6 +106,14 @@ class FileEnd:
                     os.ftruncate(fd, self.size)
             self._room_end = 0
             self._has_no_room = False
+
+
+def _free_length(fd: int) -> int:
+    try:
+        status = os.fstatvfs(fd)
+    except OSError:
+        return 0
+    return status.f_bavail * status.f_frsize
 
 
 class ColdWriter:

@@ -165,7 +165,10 @@ async def test_giving_room_back_does_not_hide_that_the_file_was_cut(tmp_path: Pa
     assert path.stat().st_size == 4096
 
 
-def test_room_stays_while_somebody_writes_behind_the_end(tmp_path: Path) -> None:
+def test_room_stays_while_somebody_writes_behind_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold, "FREE_LENGTH_MIN", 0)
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
@@ -179,8 +182,20 @@ def test_room_stays_while_somebody_writes_behind_the_end(tmp_path: Path) -> None
         assert os.fstat(opened.fileno()).st_size == end.size == 4096
 
 
+def test_nothing_is_reserved_on_a_disk_that_is_nearly_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold, "_free_length", lambda fd: cold.FREE_LENGTH_MIN - 1)
+    with (tmp_path / "file").open("w+b") as opened:
+        end = cold.FileEnd(0)
+        end.begin()
+        end.reserve(opened.fileno(), 4096)
+        assert os.fstat(opened.fileno()).st_size == 0
+
+
 def test_loop_does_not_wait_while_room_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[bool] = []
+    monkeypatch.setattr(cold, "FREE_LENGTH_MIN", 0)
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
