@@ -33,6 +33,15 @@ class ErrorKind(enum.Enum):
     PROTOCOL = "protocol"
 
 
+def printable(text: str) -> str:
+    """Escape what would garble a terminal or a log: control characters, bytes that are not UTF-8."""
+    if text.isprintable():
+        return text
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
+    )
+
+
 class BlockdError(Exception):
     """The root: ``kind`` for machines, ``message`` for people, ``context`` for the log."""
 
@@ -50,9 +59,15 @@ class RequestError(BlockdError):
 
 
 class ImageError(BlockdError):
-    """An image's bytes contradict its format; nothing was written because of them."""
+    """An image's bytes contradict its format; nothing was written because of them.
+
+    Some of them may stand in the message, so it is escaped.
+    """
 
     default_kind = ErrorKind.CORRUPT
+
+    def __init__(self, message: str, *, kind: ErrorKind | None = None, **context: object) -> None:
+        super().__init__(printable(message), kind=kind, **context)
 
 
 class PeerError(BlockdError):

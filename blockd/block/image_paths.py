@@ -9,18 +9,11 @@ import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
-from blockd.errors import RequestError
+from blockd.errors import RequestError, printable
 
 # Doors to whatever this process has open, or to the kernel itself.
 _FORBIDDEN = ("/proc", "/sys", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr")
 _PLAIN_PROTOCOL = "file"
-
-
-def printable(name: str) -> str:
-    """Escape what would garble a terminal or a log: control characters, bytes that are not UTF-8."""
-    return "".join(
-        letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in name
-    )
 
 
 def protocol_of(filename: str) -> str | None:

@@ -23,8 +23,7 @@ def main() -> int:
         return _print_help()
     if arguments in (["--version"], ["-V"]):
         return _print_version()
-    from blockd.block.image_paths import printable
-    from blockd.errors import BlockdError
+    from blockd.errors import BlockdError, printable
 
     try:
         return _start(arguments)
@@ -79,8 +78,8 @@ def _start(arguments: list[str]) -> int:
 
 def _check(config: "Config") -> int:
     """Say what is wrong with a configuration; nothing is opened."""
-    from blockd.block.image_paths import printable
     from blockd.cli.checking import problems
+    from blockd.errors import printable
 
     found = problems(config)
     for problem in found:

@@ -5,9 +5,9 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from blockd.block.image_paths import printable
 from blockd.cli.following import Ending, Outcome, StreamStatus
 from blockd.cli.qmp_client import Message
+from blockd.errors import printable
 from blockd.units import format_size
 from blockd.wire.qmp import Value
 

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from blockd.aio import in_thread
 from blockd.block.chain import format_of, unfiltered
-from blockd.block.image_paths import printable, without_protocol
+from blockd.block.image_paths import without_protocol
 from blockd.block.node import BlockNode, FilterNode, OverlayNode
 from blockd.devices.changes import Change
 from blockd.devices.device import Devices
 from blockd.devices.streams import Streams
 from blockd.drivers import FORMATS
 from blockd.drivers.sharing import check_chain, files_of
-from blockd.errors import BlockdError, ErrorKind, RequestError
+from blockd.errors import BlockdError, ErrorKind, RequestError, printable
 from blockd.filters.blkstream import BlkStream
 from blockd.protocols.new_file import new_file, sync_folder
 

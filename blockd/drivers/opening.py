@@ -15,12 +15,12 @@ from typing import NamedTuple, TypeVar
 
 from blockd.aio import in_thread
 from blockd.block.chain import chain
-from blockd.block.image_paths import ImagePaths, printable
+from blockd.block.image_paths import ImagePaths
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.block.options import Fields, Options
 from blockd.block.probe import PROBE_LENGTH, Signature, probe_format
 from blockd.drivers.sharing import CHAIN_DEPTH_MAX, check_chain, check_single_writer, check_unshared, files_of
-from blockd.errors import BlockdError, ErrorKind, RequestError
+from blockd.errors import BlockdError, ErrorKind, RequestError, printable
 from blockd.filters.throttle_group import ThrottleGroup
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.check_report import CheckReport, Repair
@@ -289,8 +289,7 @@ class Opening:
                 above=[*above, overlay],
             )
         except BlockdError as error:
-            message = f"Could not open the image file of '{overlay.filename}': {error.message}"
-            raise RequestError(message, kind=error.kind) from error
+            raise _not_opened(f"the image file of '{overlay.filename}'", error) from error
         assert isinstance(image, RawImage), "opened as such"
         overlay.attach(image)
 
@@ -317,9 +316,13 @@ class Opening:
                 above=above,
             )
         except BlockdError as error:
-            message = f"Could not open backing file of '{image.filename}': {error.message}"
-            raise RequestError(message, kind=error.kind) from error
+            raise _not_opened(f"backing file of '{image.filename}'", error) from error
 
     def nodes(self) -> Iterator[BlockNode]:
         """The nodes that exist and those that were opened so far."""
         return joined(self._present.values(), self.opened)
+
+
+def _not_opened(what: str, error: BlockdError) -> RequestError:
+    """What is told of a file that an image names: whoever made the image has chosen the name."""
+    return RequestError(printable(f"Could not open {what}: {error.message}"), kind=error.kind)

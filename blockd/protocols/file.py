@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
-from blockd.block.image_paths import printable
 from blockd.block.node import BlockingSource, BlockNode, Buffer, ProtocolNode
 from blockd.block.segments import zeroes
-from blockd.errors import RequestError, StorageError
+from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold

@@ -10,11 +10,11 @@ from typing import NamedTuple
 from blockd import __version__
 from blockd.block.accounting import Counter, DiskStats
 from blockd.block.chain import chain, format_of
-from blockd.block.image_paths import printable
 from blockd.block.node import BlockNode
 from blockd.devices.device import Device, Devices
 from blockd.devices.exports import Exports
 from blockd.devices.streams import Stream, Streams
+from blockd.errors import printable
 from blockd.jobs.job import IoStatus, Job
 from blockd.jobs.manager import JobManager
 from blockd.jobs.states import JobStatus

@@ -355,6 +355,8 @@ async def test_missing_backing_names_both_files(graph: NodeGraph, tmp_path: Path
         ("escape/passwd", "which is outside the folder of the image"),
         ("loop", "Too many levels of symbolic links"),
         ("a\x1b[31mred\n", "control characters in its backing file name 'a\\x1b[31mred\\n'"),
+        ("\u202ewar.tupni", "\\u202ewar.tupni': No such file"),
+        ("\udcff\udcfe.raw", "\\udcff\\udcfe.raw': No such file"),
         ("fifo", "not a regular file or block device"),
         ("socket", "No such device or address"),
         ("folder", "not a regular file or block device"),

@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from blockd.block.image_paths import printable
 from blockd.block.options import Field, Fields, check_fields, text
 from blockd.block.options import size as check_size
 from blockd.cli.keyval import parse_keyval
 from blockd.drivers import FORMATS, NodeGraph
 from blockd.drivers.opening import Format
-from blockd.errors import RequestError
+from blockd.errors import RequestError, printable
 from blockd.protocols.image_lock import LockMode
 from blockd.protocols.new_file import new_file
 
