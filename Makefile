@@ -12,11 +12,11 @@ CODE := blockd tests bench examples
 # Two workers, which take work from each other: some tests wait for disks and peers.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-fast lint types sweep schemas bench clean
+.PHONY: help demo test test-fast lint types sweep fuzz-images schemas bench clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready ## stream and copy an image live, under a guest that checks every byte
 	@$(BIN)/python examples/demo.py
@@ -36,6 +36,9 @@ types: $(VENV)/.ready-dev ## mypy --strict
 
 sweep: $(VENV)/.ready-dev ## look at more crashes than the tests do: make sweep STATES=2000000
 	$(BIN)/python -m tests.crash.sweep --states $(or $(STATES),200000) $(if $(SEED),--seed $(SEED))
+
+fuzz-images: $(VENV)/.ready-dev ## spoil more images than the tests do: make fuzz-images IMAGES=1000000
+	$(BIN)/python -m tests.fuzz.fuzz_images $(or $(IMAGES),20000) --seed $(or $(SEED),0)
 
 schemas: $(VENV)/.ready ## write the JSON Schema of every command and event to schemas/
 	$(BIN)/python -m blockd.commands.schemas schemas

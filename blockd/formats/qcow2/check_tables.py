@@ -158,6 +158,8 @@ def _rows(file: ProtocolNode, offset: int, count: int, length_max: int, parse: _
     """Read rows one after the other, as long as they are inside the file and the limit."""
     end = min(file.size, offset + length_max)
     for index in range(count):
+        if offset >= end:
+            return
         data = bytearray(_ROW_SIZE)
         file.readinto_blocking(offset, memoryview(data))
         row = parse(bytes(data), index)

@@ -12,6 +12,7 @@ The numbers in the report mean what `qemu-img check` means by them.
 Source:   QED specification, "Consistency checking".
 """
 
+import re
 import sys
 from array import array
 from collections.abc import AsyncIterator, Iterator
@@ -33,6 +34,8 @@ _ENTRY_SIZE = 8
 _ZERO = 1
 # Tables are read in pieces of this size.
 _CHUNK = 1 * MIB
+# What ends a row of equal bytes.
+_OTHER_BYTE = {0x00: re.compile(rb"[^\x00]"), 0xFF: re.compile(rb"[^\xff]")}
 
 
 class Found(NamedTuple):
@@ -191,21 +194,26 @@ class _Checker:
         return leaks
 
     def _unused(self) -> Iterator[tuple[int, int]]:
-        """Ranges of clusters that nothing names, by number; full bytes of them are stepped over."""
+        """Ranges of clusters that nothing names, by number; bytes that are all alike are stepped over."""
         start: int | None = None
         cluster = self._header.header_size
         while cluster < self._host_cluster_count:
             byte = self._used[cluster >> 3]
-            step = 8 if not cluster & 7 and byte in (0x00, 0xFF) else 1
             is_used = byte >> (cluster & 7) & 1
             if is_used and start is not None:
                 yield start, cluster
                 start = None
             elif not is_used and start is None:
                 start = cluster
-            cluster += step
+            is_all_alike = not cluster & 7 and byte in _OTHER_BYTE
+            cluster = self._next_other(cluster, byte) if is_all_alike else cluster + 1
         if start is not None:
             yield start, self._host_cluster_count
+
+    def _next_other(self, cluster: int, byte: int) -> int:
+        """The first cluster from `cluster` on in another byte than this one, which may be far away."""
+        found = _OTHER_BYTE[byte].search(self._used, cluster >> 3)
+        return found.start() << 3 if found else self._host_cluster_count
 
 
 def _cut(extent: Extent) -> Iterator[tuple[int, int]]:
