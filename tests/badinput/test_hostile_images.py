@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.block.node import OverlayNode
 from blockd.drivers import FORMATS, NodeGraph
 from blockd.errors import BlockdError, ImageError, RequestError
 from blockd.formats.check_report import CheckReport
@@ -20,8 +21,10 @@ from blockd.formats.qcow2.header import Header
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import qemu_img
+from tests.formats.damaged import COPIED, Image
 from tests.fuzz.image_arena import Guard, Trespass
 from tests.recording import RecordingFile
+from tests.streaming import streaming
 from tests.walls import PROJECT
 
 # Every rule, and where it is shown: a file of tests and the tests in it.
@@ -55,6 +58,10 @@ RULES: dict[str, tuple[str, list[str]]] = {
     "qcow2: extensions and snapshots are bounded": (
         "badinput/test_hostile_images.py",
         ["test_too_many_extensions", "test_extension_past_the_header", "test_snapshots_that_cannot_be"],
+    ),
+    "qcow2: an entry without a place is unallocated": (
+        "badinput/test_hostile_images.py",
+        ["test_stream_over_an_entry_that_says_copied_and_nothing_else"],
     ),
     "qed: bounds of every field": (
         "badinput/test_hostile_images.py",
@@ -247,6 +254,25 @@ async def test_check_of_a_sparse_terabyte(tmp_path: Path) -> None:
     file = await FileNode.open(str(path), node_name="file", read_only=True)
     assert (await checked(file, "qed")).leaks == (1 << 40) // (64 * KIB) - used
     await file.close()
+
+
+async def test_stream_over_an_entry_that_says_copied_and_nothing_else(tmp_path: Path) -> None:
+    """It names no cluster, so it is unallocated: also for who looks whether it still is."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"base" * 64 * KIB)
+    path = qemu_img.create(tmp_path / "top.qcow2", 256 * KIB, backing=base, backing_format="raw")
+    qemu_img.write(path, "write -P 1 0 64k")
+    image = Image(path)
+    image.put(image.l2 + 8, COPIED)
+    graph = NodeGraph()
+    opened = await graph.open_image(str(path), "qcow2", read_only=False)
+    assert isinstance(opened, OverlayNode)
+    async with streaming(opened) as disk:
+        job = await disk.start()
+        await job.wait_ended()
+    assert job.error is None
+    await graph.close()
+    assert qemu_img.content(path) == b"\1" * 64 * KIB + base.read_bytes()[64 * KIB :]
 
 
 @pytest.mark.parametrize("level", [1, 9])
