@@ -50,6 +50,7 @@ async def overlay(
     cluster_size: int,
     backing_format: str = "raw",
     image_format: str = "qcow2",
+    **options: Any,
 ) -> OverlayNode:
     """Make an empty image over `backing` in an empty file, and open it."""
     await create(
@@ -59,6 +60,7 @@ async def overlay(
         cluster_size=cluster_size,
         backing_filename=backing.filename if backing else None,
         backing_format=backing_format if backing else None,
+        **options,
     )
     return await open_overlay(file, backing)
 

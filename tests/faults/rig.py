@@ -2,9 +2,10 @@
 
 import errno
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode, OverlayNode
@@ -179,15 +180,18 @@ async def rig(
     cluster_count: int,
     image_format: str = "qcow2",
     cluster_size: int = CLUSTER,
+    options: Mapping[str, Any] | None = None,
 ) -> AsyncIterator[Rig]:
-    """An image that was used and closed before, on which a kind of operation is going to fail."""
+    """An image that was used and closed before, on which a kind of operation is going to fail.
+
+    `cluster_size` is what is allocated at a time, `options` may say otherwise of clusters.
+    """
     content = drawn(["B" * cluster_count], cluster_size)
     recording = RecordingFile()
     base_file = RecordingFile(content, "base.raw")
     plain_base = await RawImage.open(base_file, node_name="base", read_only=True)
-    image = await overlay(
-        recording, plain_base, len(content), cluster_size=cluster_size, image_format=image_format
-    )
+    made_with = {"cluster_size": cluster_size, "image_format": image_format, **(options or {})}
+    image = await overlay(recording, plain_base, len(content), **made_with)
     model = ModelDisk(content)
     used = Guest(RootDisk(Root(image)), model, random.Random(0), cluster_size=cluster_size)
     await used.write(5 * cluster_size, 2 * cluster_size)

@@ -7,6 +7,7 @@ when the fault is gone the stream completes.
 
 import errno
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,13 @@ QED_CASES = [
     (Site(Event.READ_AIO, IoType.READ), OnError.STOP),
     (Site(Event.READ_AIO, IoType.READ, "base"), OnError.REPORT),
 ]
+# Where writing and filling of subclusters go their own ways.
+SUBCLUSTER_SITES = [
+    Site(Event.CLUSTER_ALLOC, IoType.WRITE),
+    Site(Event.COR_WRITE, IoType.WRITE),
+    Site(Event.WRITE_AIO, IoType.WRITE),
+    Site(Event.L2_UPDATE, IoType.WRITE),
+]
 POLICIES = [OnError.REPORT, OnError.IGNORE, OnError.STOP, OnError.ENOSPC]
 CODES = [errno.EIO, errno.ENOSPC]
 
@@ -91,6 +99,23 @@ async def test_nth_operation_fails_under_a_stream_into_qed(
     qemu_img.assert_sound(tmp_path / "active.qed", "qed")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("site", SUBCLUSTER_SITES, ids=str)
+async def test_nth_operation_fails_with_subclusters(
+    site: Site, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A subcluster is as large as a cluster elsewhere."""
+    options = {"extended_l2": True, "cluster_size": 32 * CLUSTER}
+    for once in (True, False):
+        image = await fail_one_after_the_other(
+            site, OnError.REPORT, errno.ENOSPC, caplog, once=once, options=options
+        )
+        (tmp_path / "active.qcow2").write_bytes(image)
+        verdict = qemu_img.check(tmp_path / "active.qcow2")
+        assert verdict is not None
+        assert (verdict.corruptions, verdict.leaks) == (0, 0)
+
+
 async def fail_one_after_the_other(
     site: Site,
     on_error: OnError,
@@ -99,6 +124,7 @@ async def fail_one_after_the_other(
     *,
     once: bool,
     image_format: str = "qcow2",
+    options: Mapping[str, object] | None = None,
 ) -> bytes:
     """The first, the second, the third … operation fails, until none does; returns the last image file."""
     cluster_size, cluster_count = GEOMETRIES[image_format]
@@ -112,6 +138,7 @@ async def fail_one_after_the_other(
             image_format=image_format,
             cluster_size=cluster_size,
             cluster_count=cluster_count,
+            options=options,
         ) as scene:
             await stream_through(scene, on_error, code)
             # Copy-on-read and checkpoints that fail cost nobody anything, and are only logged.
