@@ -52,8 +52,7 @@ async def fill_subclusters(
             ]
             await filling.find_places(pieces)
             image.file.announce(FileEvent.COR_WRITE)
-            write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
-            parts = list(filling.parts(pieces, write))
+            parts = list(filling.parts(pieces, keep_cached=keep_cached))
             zeroes = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
             return await filling.publish(pieces, zeroes, is_wanted)
         finally:
@@ -108,7 +107,7 @@ class _Filling:
             found.update(dict.fromkeys(range(align_down(piece.offset, self._size), piece.end, self._size)))
         return list(found)
 
-    def parts(self, pieces: list[Piece], write: Callable[[int, memoryview], None]) -> Iterator[Part]:
+    def parts(self, pieces: list[Piece], *, keep_cached: bool) -> Iterator[Part]:
         """What is copied: of each piece the ranges that are neighbours in the file."""
         for piece in pieces:
             start = piece.offset
@@ -118,8 +117,14 @@ class _Filling:
                 while end < piece.end and self._places[end] == place + end - cluster:
                     end += self._size
                 end = min(end, piece.end)
-                yield _part(start, end - start, place + start - cluster, write)
+                yield self._part(start, end - start, place + start - cluster, keep_cached=keep_cached)
                 start = end
+
+    def _part(self, offset: int, length: int, host_offset: int, *, keep_cached: bool) -> Part:
+        file = self._writes.image.file
+        write = file.write_blocking if keep_cached else file.write_cold_blocking
+        pages_to = None if keep_cached else (file, host_offset)
+        return Part(offset, length, lambda position, data: write(host_offset + position, data), pages_to)
 
     # -- publishing ---------------------------------------------------------------------------
 
@@ -161,7 +166,3 @@ class _Filling:
         """Let go of new clusters that nothing was put into after all."""
         for cluster in self._new:
             self._metadata.allocator.give_back(Run(self._places[cluster], 1))
-
-
-def _part(offset: int, length: int, host_offset: int, write: Callable[[int, memoryview], None]) -> Part:
-    return Part(offset, length, lambda position, data: write(host_offset + position, data))
