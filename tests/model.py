@@ -135,6 +135,12 @@ class ModelDisk:
         for sector, value in self._new_sectors(offset, data):
             self._either[sector] = value
 
+    def lose_unflushed(self) -> None:
+        """What was written since the last acknowledged flush may be lost, and a guest was told so."""
+        for sector, history in self._history.items():
+            if sector not in self._either and history[0] != self._value(sector):
+                self._either[sector] = history[0]
+
     def finish_durable_write(self, offset: int, data: bytes) -> None:
         """The write was acknowledged as being on the disk: nothing older can come back."""
         self.finish_write(offset, data)
