@@ -13,7 +13,7 @@ from blockd.block.node import BlockNode, ProtocolNode
 from blockd.block.options import Field, Fields, size, text
 from blockd.drivers.opening import Opening, Wanted
 from blockd.drivers.sharing import check_single_writer, files_of
-from blockd.errors import RequestError
+from blockd.errors import BlockdError, RequestError, printable
 from blockd.formats.add_cow import check as checking
 from blockd.formats.add_cow.create import CLUSTER_SIZE_DEFAULT, create
 from blockd.formats.add_cow.image import AddCowImage, read_header
@@ -126,8 +126,13 @@ async def _size_of(path: str) -> int:
 async def check_add_cow(file: ProtocolNode) -> CheckReport:
     """Check an add-cow file against the image that it names."""
     header = await read_header(file)
-    path = await in_thread(ImagePaths().resolve, header.image.text, file.filename, "image file")
-    return await checking.check(file, await _size_of(path))
+    try:
+        path = await in_thread(ImagePaths().resolve, header.image.text, file.filename, "image file")
+        size = await _size_of(path)
+    except BlockdError as error:
+        message = f"Could not open the image file of '{file.filename}': {error.message}"
+        raise RequestError(printable(message), kind=error.kind) from error
+    return await checking.check(file, size)
 
 
 def info(node: BlockNode) -> Mapping[str, object]:

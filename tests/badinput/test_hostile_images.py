@@ -65,7 +65,11 @@ RULES: dict[str, tuple[str, list[str]]] = {
     ),
     "qed: bounds of every field": (
         "badinput/test_hostile_images.py",
-        ["test_wrong_qed_field_is_refused_by_name", "test_check_of_a_sparse_terabyte"],
+        [
+            "test_wrong_qed_field_is_refused_by_name",
+            "test_check_of_a_sparse_terabyte",
+            "test_qed_image_with_more_errors_than_are_told",
+        ],
     ),
     "compressed clusters give one cluster at most": (
         "badinput/test_hostile_images.py",
@@ -253,6 +257,32 @@ async def test_check_of_a_sparse_terabyte(tmp_path: Path) -> None:
     os.truncate(path, 1 << 40)
     file = await FileNode.open(str(path), node_name="file", read_only=True)
     assert (await checked(file, "qed")).leaks == (1 << 40) // (64 * KIB) - used
+    await file.close()
+
+
+async def test_qed_image_with_more_errors_than_are_told() -> None:
+    """A thousand that can be repaired are described, the one that cannot is only counted."""
+    file = RecordingFile(name="recorded.qed")
+    await FORMATS["qed"].create(file, 256 * KIB, cluster_size=4096, table_size=2)
+    l1, l2 = struct.unpack_from("<Q", file.disk, 40)[0], len(file.disk)
+    file.disk += struct.pack("<Q", 0xFFF) * 1024
+    file.size = len(file.disk)
+    struct.pack_into("<QQ", file.disk, l1, l2, l2)
+    struct.pack_into("<Q", file.disk, 16, 2)  # to be checked before it is written
+    with pytest.raises(ImageError, match=r"'recorded\.qed' was not closed cleanly and has 2 errors"):
+        await FORMATS["qed"].open(file, "image", False)
+
+
+@pytest.mark.parametrize("name", ["missing", "fat:etc", "../../x"])
+async def test_check_of_an_add_cow_file_names_it(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "top.add-cow"
+    path.touch()
+    file = await FileNode.open(str(path), node_name="file", read_only=False)
+    await FORMATS["add-cow"].create(file, 256 * KIB)
+    path.write_bytes(path.read_bytes().replace(b"top.raw", name.encode(), 1))
+    (tmp_path / "top.raw").unlink()
+    with pytest.raises(BlockdError, match=r"top\.add-cow"):
+        await checked(file, "add-cow")
     await file.close()
 
 

@@ -48,10 +48,13 @@ async def recover(file: ProtocolNode) -> list[Run]:
     """
     found = await examine(file)
     await _repair_tables(file, found)
-    if found.report.corruptions:
+    report = found.report
+    if report.corruptions:
+        # Of very many only the first are described, and those may be just the ones that were repaired.
+        first = f", the first: {report.findings[0]}" if report.findings else ""
         raise ImageError(
-            f"'{file.filename}' was not closed cleanly and has {found.report.corruptions} errors that cannot "
-            f"be repaired, the first: {found.report.findings[0]}; it can be opened read-only"
+            f"'{file.filename}' was not closed cleanly and has {report.corruptions} errors that cannot "
+            f"be repaired{first}; it can be opened read-only"
         )
     return [Run(offset, count) for offset, count in found.leaks[:_LEAK_COUNT_MAX]]
 
