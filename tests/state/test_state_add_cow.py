@@ -25,7 +25,7 @@ pytestmark = pytest.mark.slow
 
 CLUSTER = 64 * KIB
 CONTENT = drawn(["ABCDEFGH" * 8], CLUSTER)
-LIFE_COUNT = 5
+LIFE_COUNT = 4
 CONCLUDES: dict[str, Any] = {"job-id": "copy", "auto-dismiss": False}
 
 
@@ -141,8 +141,8 @@ async def test_kill_after_the_end(tmp_path: Path) -> None:
 # -- steps of the journal at the end ------------------------------------------------------------
 
 CRASHING_DAEMON = Path(__file__).with_name("crashing_daemon.py")
-# Those before belong to the start of the daemon; the end takes fewer than there are. Every other one will do.
-STEPS = range(12, 60, 2)
+# Those before belong to the start of the daemon; the end takes fewer than there are. Every third one will do.
+STEPS = range(12, 60, 3)
 
 
 @pytest.mark.timeout(1800)
