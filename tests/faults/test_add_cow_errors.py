@@ -174,7 +174,11 @@ async def test_nth_request_fails_under_a_stream(
 
 
 async def assert_all_is_well(scene: AddCowRig) -> None:
-    """The guest reads what it wrote; the plain image alone holds it."""
+    """The guest reads what it wrote; the plain image alone holds it.
+
+    What it was told to be lost may be as it was before.
+    """
+    scene.hear_of_loss()
     await scene.guest.read_all()
     await scene.guest.flush()
     await scene.assert_durable()
