@@ -13,7 +13,7 @@ from blockd.protocols.nbd_client import NbdClient
 from blockd.qmp.server import QmpServer
 from tests.qmp_client import QmpClient, QmpError
 
-WAIT_S = 20.0
+WAIT_S = 100.0
 
 
 class Running(Daemon):

@@ -15,7 +15,7 @@ from tests.streaming import open_overlay, overlay
 
 CLUSTER = 4096
 COUNT = 8
-WAIT_S = 10.0
+WAIT_S = 100.0
 
 
 class SlowFile(RecordingFile):

@@ -15,7 +15,7 @@ from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling, transmission
 from blockd.wire.nbd.transmission import Request
 
-WAIT_S = 20.0
+WAIT_S = 100.0
 
 
 @dataclass
