@@ -13,7 +13,7 @@ from tests.fuzz.image_mutations import Mutator
 from tests.fuzz.image_seeds import VARIANTS, Seed
 from tests.walls import PROJECT
 
-PART_COUNT, PART_LENGTH = 1, 2000
+PART_COUNT, PART_LENGTH = 5, 4000
 TIMEOUT_S = 900
 
 
