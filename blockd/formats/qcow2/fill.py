@@ -14,7 +14,7 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
 from blockd.formats.copying import Part, copy_parts, split_zeroes
 from blockd.formats.qcow2.allocator import Run
-from blockd.formats.qcow2.mapping import COPIED, STATE_MASK, ZERO
+from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_up
 
@@ -172,7 +172,7 @@ def _publish_piece(
     for number, old in enumerate(entries):
         offset = piece.offset + number * size
         is_zero = piece.run is None or offset in zero_clusters
-        is_dropped = bool(old & STATE_MASK) or not is_wanted(offset)
+        is_dropped = bool(old & (OFFSET_MASK | COMPRESSED | ZERO)) or not is_wanted(offset)
         if piece.run is not None and (is_zero or is_dropped):
             metadata.allocator.give_back(Run(piece.run.host_offset + number * size, 1))
         if is_dropped:

@@ -7,7 +7,7 @@ from array import array
 from collections.abc import Iterator
 
 from blockd.formats.qcow2.corruption import Corruption
-from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, STATE_MASK, ZERO, L2Table
+from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, RESERVED_MASK, STATE_MASK, ZERO, L2Table
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_down
 
@@ -32,6 +32,7 @@ class Lookup:
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self._cluster_mask = header.cluster_size - 1
+        self._odd_mask = RESERVED_MASK | (OFFSET_MASK & self._cluster_mask)
         self._table_bits = metadata.mapping.table_bits
         self._index_mask = metadata.mapping.index_mask
 
@@ -56,8 +57,8 @@ class Lookup:
                 entry += step
                 if following & mask != entry:
                     return MIXED
-        if first & OFFSET_MASK & self._cluster_mask and not first & COMPRESSED:
-            return MIXED  # `runs` says what is wrong with it
+        if first & self._odd_mask and not first & COMPRESSED:
+            return MIXED  # `runs` says what it means, or what is wrong with it
         return first
 
     async def runs(self, offset: int, length: int) -> list[tuple[int, int, int]]:
@@ -77,11 +78,11 @@ class Lookup:
         start, first, distance = offset, None, 0
         for cluster_offset in range(align_down(offset, self._cluster_size), end, self._cluster_size):
             entry = table.entries[(cluster_offset >> self._cluster_bits) & self._index_mask] & STATE_MASK
+            if entry & self._odd_mask and not entry & COMPRESSED:
+                entry = self._meaning(cluster_offset, entry)
             if first is None or not continues(first, distance, entry):
                 if first is not None:
                     yield start, cluster_offset - start, first
-                if entry & OFFSET_MASK & self._cluster_mask and not entry & COMPRESSED:
-                    raise self._unaligned(cluster_offset, entry)
                 start, first, distance = max(offset, cluster_offset), entry, 0
             distance += self._cluster_size
         if first is not None:
@@ -92,11 +93,15 @@ class Lookup:
         next_index = _first_set(self._mapping.l1, l1_index + 1, ((end - 1) >> self._table_bits) + 1)
         return min(next_index << self._table_bits, end) - offset
 
-    def _unaligned(self, offset: int, entry: int) -> Corruption:
-        return Corruption(
-            self._file,
-            f"the cluster of guest offset {offset:#x} has the unaligned host offset {entry & OFFSET_MASK:#x}",
-        )
+    def _meaning(self, offset: int, entry: int) -> int:
+        """The entry without reserved bits."""
+        if entry & OFFSET_MASK & self._cluster_mask:
+            raise Corruption(
+                self._file,
+                f"the cluster of guest offset {offset:#x} "
+                f"has the unaligned host offset {entry & OFFSET_MASK:#x}",
+            )
+        return entry & ~RESERVED_MASK
 
 
 def continues(first: int, distance: int, entry: int) -> bool:

@@ -32,6 +32,8 @@ from blockd.units import MIB, SECTOR_SIZE
 
 ZERO = 1 << 0
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+# Without a meaning where the cluster is not compressed; QEMU ignores them.
+RESERVED_MASK = 0x3F00_0000_0000_01FE
 COMPRESSED = 1 << 62
 COPIED = 1 << 63
 # What decides about a cluster's content: all but how many users it has.
