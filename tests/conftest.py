@@ -1,5 +1,6 @@
 """Fixtures that all tests share."""
 
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 
@@ -8,6 +9,9 @@ import pytest
 from tests.daemon_process import DaemonProcess
 
 StartDaemon = Callable[..., Awaitable[DaemonProcess]]
+
+# A shell lets what it starts in the background ignore Ctrl-C, which programs under test would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
