@@ -97,6 +97,8 @@ class Connection(Generic[Context]):
             for timer in self._timers.values():
                 timer.cancel()
             self._writer.transport.abort()
+            with contextlib.suppress(OSError):  # why the client was lost was told to `_receive` already
+                await self._writer.wait_closed()
 
     def stop(self) -> None:
         """Take no more requests: finish the one that runs, send what is queued, then end `run`."""

@@ -16,6 +16,7 @@ SHOWN_ELSEWHERE = {
     "What blockd does not have": "below",
     "With --state-dir, the end of the daemon keeps jobs": "tests/state/test_state_restart.py",
     "Slow and silent clients": "tests/qmp/test_qmp_server.py, tests/qmp/test_qmp_transports.py",
+    "Internal snapshots keep their backing": "tests/control/test_control_block_stream.py",
     "Socket files belong to one daemon": "tests/qmp/test_qmp_transports.py",
 }
 

@@ -27,6 +27,7 @@ from tests.fuzz.image_arena import IMAGES, Arena, Guard
 from tests.fuzz.image_mutations import Mutator
 from tests.fuzz.image_ordeal import Figures, Ordeal
 from tests.fuzz.image_seeds import BASE, make_seeds
+from tests.fuzz.memory import peak_memory
 from tests.inline_threads import immediate_threads
 
 COUNT = 2000
@@ -120,7 +121,7 @@ def _limit_memory() -> None:
 
 
 def _tell(figures: Figures, seconds: float, used_s: float, options: argparse.Namespace) -> None:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_memory()
     print(
         f"{figures.images:,} images, {figures.answers:,} answers, {figures.errors.total():,} errors of "
         f"{len(figures.errors):,} kinds in {seconds:.0f} s ({used_s:.0f} s of processor time); "

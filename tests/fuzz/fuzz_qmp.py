@@ -6,14 +6,15 @@ and a command must give that command. A failure names the seed that makes its st
 """
 
 import argparse
-import resource
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
 
+from blockd.units import MIB
 from blockd.wire.qmp import lexer
 from blockd.wire.qmp.reader import JsonReader, Message, ParseError
+from tests.fuzz.memory import peak_memory
 from tests.fuzz.qmp_streams import broken_stream, noise, valid_stream
 
 COUNT = 2000
@@ -34,7 +35,7 @@ class Figures:
     seconds: float = 0.0
 
     def __str__(self) -> str:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = peak_memory() / MIB
         lines = [
             f"{self.streams:,} streams, {self.octets:,} bytes, {self.values:,} values, "
             f"{self.errors.total():,} parse errors in {self.seconds:.0f} s; no failure",
