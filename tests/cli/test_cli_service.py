@@ -82,7 +82,7 @@ async def test_service_with_both_sockets(tmp_path: Path, abstract: bool) -> None
         *(tmp_path, sockets, "--device", f"vda={image}"),
         LISTEN_FDNAMES="nbd:qmp",
         NOTIFY_SOCKET=address,
-    ):
+    ) as process:
         assert await manager.state() == b"READY=1"
         async with await NbdClient.connect_unix(str(tmp_path / "a"), "vda") as guest:
             assert guest.size == SIZE
@@ -90,6 +90,8 @@ async def test_service_with_both_sockets(tmp_path: Path, abstract: bool) -> None
             assert [device["device"] for device in await client.command("query-block")] == ["vda"]
             await client.command("quit")
         assert await manager.state() == b"STOPPING=1"
+        async with asyncio.timeout(TIMEOUT_S):  # by itself: a signal might find it anywhere on its way
+            await process.wait()
     # The service manager's sockets stay, and blockd made none of its own.
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_socket()) == sorted(
         ["a", "b"] + ([] if abstract else ["notify"])
