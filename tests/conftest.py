@@ -8,10 +8,19 @@ import pytest
 
 from tests.daemon_process import DaemonProcess
 
+# Whose tests all run daemons or QEMU's programs.
+SLOW_ROOMS = {"badinput", "differential", "examples", "interop", "iotests_ideas", "kill", "locks", "state"}
+
 StartDaemon = Callable[..., Awaitable[DaemonProcess]]
 
 # A shell lets what it starts in the background ignore Ctrl-C, which programs under test would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.parent.name in SLOW_ROOMS:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

@@ -277,6 +277,7 @@ async def test_bar_on_a_terminal_only(daemon: FakeDaemon, tmp_path: Path) -> Non
 # -- create ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_create(tmp_path: Path) -> None:
     assert (await blockctl(tmp_path, "create", "base.raw", "1M", "-f", "raw")).status == 0
     assert (tmp_path / "base.raw").stat().st_size == 1 << 20

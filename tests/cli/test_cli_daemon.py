@@ -54,6 +54,7 @@ async def test_help_and_version(tmp_path: Path) -> None:
     assert (result.status, result.stdout.split()[0]) == (0, "blockd")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -176,6 +177,7 @@ async def test_background_that_cannot_start_says_so(tmp_path: Path) -> None:
 # -- blockctl with the real daemon -------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_stream_switch_and_stream_again(tmp_path: Path, start_daemon: StartDaemon) -> None:
     disk = make_disk(tmp_path)
     daemon = await start_daemon("--device", f"vda={disk}")
@@ -193,6 +195,7 @@ async def test_stream_switch_and_stream_again(tmp_path: Path, start_daemon: Star
     qemu_img.assert_same(tmp_path / "copy.qcow2", "qcow2", tmp_path / "base.raw", "raw")
 
 
+@pytest.mark.slow
 async def test_cancel_ends_a_wait_with_status_3(tmp_path: Path, start_daemon: StartDaemon) -> None:
     disk = make_disk(tmp_path)
     daemon = await start_daemon("--device", f"vda={disk}")
@@ -207,6 +210,7 @@ async def test_cancel_ends_a_wait_with_status_3(tmp_path: Path, start_daemon: St
     assert (result.status, result.stderr) == (1, "blockctl: No active stream on device 'vda'\n")
 
 
+@pytest.mark.slow
 async def test_daemon_that_dies_is_a_lost_connection(tmp_path: Path) -> None:
     disk = make_disk(tmp_path)
     async with DaemonProcess(tmp_path, "--device", f"vda={disk}") as daemon:

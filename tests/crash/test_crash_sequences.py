@@ -50,6 +50,7 @@ async def sweep_sequences(judge: Judge, first: str, length_max: int) -> None:
             await sweep_sequence(judge, names, geometry, base_name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", OPERATIONS)
 async def test_crash_in_every_pair_of_operations(first: str) -> None:
     judge = Judge()

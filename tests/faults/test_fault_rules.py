@@ -177,6 +177,7 @@ REQUESTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rules", RULES.values(), ids=RULES)
 async def test_same_requests_fail_as_in_qemu(
     disk: Path, start_daemon: StartDaemon, rules: dict[str, object]

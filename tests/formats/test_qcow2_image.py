@@ -31,6 +31,7 @@ CLUSTER_SIZES = [512, 4 * KIB, 64 * KIB, 2 * MIB]
 drawings = pytest.mark.parametrize("layers", DRAWINGS.values(), ids=list(DRAWINGS))
 
 
+@pytest.mark.slow
 @drawings
 @pytest.mark.parametrize("cluster_size", CLUSTER_SIZES)
 async def test_chains_made_by_qemu_read_equal(
@@ -72,6 +73,7 @@ async def test_map_says_what_was_drawn(tmp_path: Path, layers: Sequence[str]) ->
             assert (extent.kind is Kind.DATA) == any(content)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [["AB-0-CD-"], ["ABCDEFGH", "-X0-Y---"], ["ABC", "-B-----D", "--C-0---"]])
 @pytest.mark.parametrize(
     ("cluster_size", "seed"), [(512, 1), (4 * KIB, 2), (4 * KIB, 3), (64 * KIB, 4), (2 * MIB, 5)]

@@ -256,6 +256,7 @@ async def test_many_random_lives_on_add_cow() -> None:
         await _live(seed, guest_count=1 + seed % 6, step_count=60, image_format="add-cow")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(4))
 async def test_random_lives_over_a_late_source(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
     """Guests write parts of clusters that the stream has not come to yet."""
