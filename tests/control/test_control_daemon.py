@@ -17,6 +17,8 @@ from tests.chains import make
 from tests.conftest import StartDaemon
 from tests.daemon_process import DaemonProcess
 
+pytestmark = pytest.mark.slow
+
 LAYERS = ["AB0-AAAA", "-C------"]
 
 

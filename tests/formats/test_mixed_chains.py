@@ -16,6 +16,8 @@ from tests import qemu_img
 from tests.layers import OVERLAY_FORMATS, Layers, make_layers, opened, random_layers
 from tests.qemu_img import qemu
 
+pytestmark = pytest.mark.slow
+
 # What QEMU does not know.
 OWN_FORMATS = {"add-cow"}
 

@@ -25,6 +25,8 @@ from tests.model import ModelDisk, stamp
 from tests.recording import RecordingFile
 from tests.streaming import streaming
 
+pytestmark = pytest.mark.slow
+
 SIZE = 3 * MIB
 
 FEATURES: dict[str, tuple[str, ...]] = {

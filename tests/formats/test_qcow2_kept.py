@@ -17,6 +17,8 @@ from tests.model import stamp
 from tests.recording import RecordingFile
 from tests.streaming import open_overlay, overlay
 
+pytestmark = pytest.mark.slow
+
 CLUSTER = 64 * KIB
 
 

@@ -102,8 +102,11 @@ async def test_a_streamed_image_takes_what_the_data_take(
         assert source_reads.take() == ALLOCATED
         assert await read_all(disk.node) == content
     assert source_reads.take() == set()
-    assert taken(target) <= DATA_LENGTH + METADATA_LENGTH
-    if image_format in QEMU_FORMATS:
+    if image_format not in QEMU_FORMATS:
+        assert taken(target) <= DATA_LENGTH + METADATA_LENGTH
+    else:
+        # Room for clusters that turned out to be zeroes may be left between the others, to be used next.
+        assert taken(target) <= taken(tmp_path / "source.raw") + METADATA_LENGTH
         stored = map_of(target, image_format)
         assert sum(extent["length"] for extent in stored if extent["data"]) == DATA_LENGTH
         assert all(extent["zero"] != extent["data"] for extent in stored)

@@ -235,6 +235,7 @@ async def _live(
     return life
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(6))
 async def test_random_lives(tmp_path: Path, block: int) -> None:
     if block % 2:

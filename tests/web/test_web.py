@@ -285,6 +285,6 @@ async def test_a_client_on_tcp_of_a_whole_daemon(start_daemon: StartDaemon) -> N
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
     daemon = await start_daemon("--http", f"localhost:{port}")
-    assert f"HTTP http://localhost:{port}/" in daemon.stdout
     assert json.loads((await ask(port, "/api/status")).body)["devices"] == []
     await daemon.stop()
+    assert f"HTTP http://localhost:{port}/" in daemon.stdout
