@@ -76,11 +76,13 @@ class Arena:
         (self.folder / "link.qcow2").symlink_to("../outside/canary.qcow2")
         (self.folder / "loop").symlink_to("loop")
         self.disk = self.folder / "disk"
+        self.disk.touch()
 
     def put(self, content: bytes, length: int) -> None:
         """Write a hostile image, sparse behind its bytes."""
-        with self.disk.open("wb") as file:
+        with self.disk.open("r+b") as file:  # not cut to nothing: what follows that, ext4 brings to the disk
             file.write(content)
+            file.truncate(len(content))
             file.truncate(length)
 
     def bystanders(self) -> list[bytes]:

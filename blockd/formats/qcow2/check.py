@@ -137,9 +137,9 @@ class Census:
         for clusters in self.active_tables.ranges_with(self.snapshot_tables):
             active = self.active_tables.get(clusters.start, len(clusters))
             inactive = self.snapshot_tables.get(clusters.start, len(clusters))
-            for cluster, *counts in zip(clusters, active, inactive, strict=True):
-                if any(counts):
-                    yield cluster << self.header.cluster_bits, Uses(sum(counts), counts[0])
+            for cluster, of_active, of_inactive in zip(clusters, active, inactive, strict=True):
+                if of_active or of_inactive:
+                    yield cluster << self.header.cluster_bits, Uses(of_active + of_inactive, of_active)
 
     # -- L1 tables and directories ----------------------------------------------------------------
 
