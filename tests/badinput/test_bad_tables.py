@@ -1,16 +1,18 @@
 """Images whose header or tables were spoiled: an error of our own, in bounded time, and no write."""
 
 import random
+import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from blockd.errors import BlockdError
+from blockd.errors import BlockdError, ImageError
 from blockd.formats.qcow2.check import check
 from blockd.formats.qcow2.image import Qcow2Image
-from blockd.units import KIB, MIB
+from blockd.protocols.file import FileNode
+from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
 from tests.chains import read_all
 from tests.recording import RecordingFile
@@ -111,43 +113,63 @@ async def test_writing_to_a_spoiled_image_raises_only_our_errors(sound: bytes, t
             assert "recorded.qcow2" in error.message
 
 
-HEADER_FIELDS = {
-    "version": (4, ">I", 4),
-    "cluster_bits too small": (20, ">I", 8),
-    "cluster_bits too large": (20, ">I", 22),
-    "encryption": (32, ">I", 1),
-    "L1 too small": (36, ">I", 0),
-    "L1 too large": (36, ">I", 1 << 30),
-    "L1 not aligned": (40, ">Q", 0x3200),
-    "L1 past the end": (40, ">Q", 1 << 40),
-    "L1 on the header": (40, ">Q", 0),
-    "refcount table past the end": (48, ">Q", 1 << 40),
-    "refcount table not aligned": (48, ">Q", 0x1200),
-    "refcount table too large": (56, ">I", 1 << 20),
-    "no refcount table": (56, ">I", 0),
-    "unknown incompatible feature": (72, ">Q", 1 << 20),
-    "refcount_order": (96, ">I", 7),
-    "header length too small": (100, ">I", 96),
-    "header length not in words": (100, ">I", 105),
-    "header length past the cluster": (100, ">I", 8192),
-    "backing name past the cluster": (8, ">QI", (4000, 500)),
-    "backing name too long": (8, ">QI", (200, 1024)),
-    "backing name in the header": (8, ">QI", (8, 4)),
-    "absurd size": (24, ">Q", 1 << 62),
-}
+# What the error says, and the field that is spoiled: where it is, its layout, its value.
+HEADER_FIELDS = [
+    ("qcow2 version 4 is not supported", 4, ">I", 4),
+    ("cluster_bits 8 is outside 9..21", 20, ">I", 8),
+    ("cluster_bits 22 is outside 9..21", 20, ">I", 22),
+    ("encrypted images are not supported", 32, ">I", 1),
+    ("the L1 table of 0 entries is too small for the disk size", 36, ">I", 0),
+    ("an L1 table of 1073741824 entries is larger than 32 MiB", 36, ">I", 1 << 30),
+    ("the L1 table offset 0x3200 is not cluster aligned", 40, ">Q", 0x3200),
+    ("the L1 table at 0x10000000000 runs past the end of the file", 40, ">Q", 1 << 40),
+    ("the L1 table offset 0x0 overlaps the header", 40, ">Q", 0),
+    ("the refcount table at 0x10000000000 runs past the end of the file", 48, ">Q", 1 << 40),
+    ("the refcount table offset 0x1200 is not cluster aligned", 48, ">Q", 0x1200),
+    ("the refcount table is larger than 8 MiB", 56, ">I", 1 << 20),
+    ("the image has no refcount table", 56, ">I", 0),
+    ("unknown incompatible feature bit 20", 72, ">Q", 1 << 20),
+    ("refcount_order 7 is larger than 6", 96, ">I", 7),
+    ("header length 96 is invalid", 100, ">I", 96),
+    ("header length 105 is invalid", 100, ">I", 105),
+    ("header length 8192 is invalid", 100, ">I", 8192),
+    ("the backing file name at 4000 is outside the header cluster", 8, ">QI", (4000, 500)),
+    ("the backing file name is 1024 bytes long, more than 1023", 8, ">QI", (200, 1024)),
+    ("the backing file name at 8 is outside the header cluster", 8, ">QI", (8, 4)),
+    ("the L1 table of 1 entries is too small for the disk size", 24, ">Q", 1 << 62),
+]
 
 
-@pytest.mark.parametrize("name", HEADER_FIELDS)
-async def test_wrong_header_field_is_refused_with_the_file_and_the_field(sound: bytes, name: str) -> None:
-    offset, layout, value = HEADER_FIELDS[name]
+@pytest.mark.parametrize(("said", "offset", "layout", "value"), HEADER_FIELDS)
+async def test_wrong_header_field_is_refused_with_the_file_and_the_field(
+    sound: bytes, said: str, offset: int, layout: str, value: int | tuple[int, ...]
+) -> None:
     spoiled = bytearray(sound)
     struct.pack_into(layout, spoiled, offset, *(value if isinstance(value, tuple) else (value,)))
 
     for read_only in (True, False):
         file = RecordingFile(bytes(spoiled))
-        with pytest.raises(BlockdError, match=r"recorded\.qcow2"):
+        with pytest.raises(BlockdError, match=rf"'recorded\.qcow2'.* {re.escape(said)}$"):
             await Qcow2Image.open(file, node_name="i", read_only=read_only)
         assert file.log == []
+
+
+async def test_l1_table_that_names_more_tables_than_are_kept_in_memory_is_refused(tmp_path: Path) -> None:
+    path = qemu_img.create(tmp_path / "i.qcow2", 64 * GIB, "cluster_size=512")
+    with path.open("r+b") as file:
+        file.seek(36)
+        entry_count, l1_offset = struct.unpack(">IQ", file.read(12))
+        file.seek(l1_offset)
+        file.write(struct.pack(f">{entry_count}Q", *range(2**30, 2**30 + 512 * entry_count, 512)))
+        file.truncate(8 * GIB)
+    opened = await FileNode.open(str(path), node_name="f", read_only=True)
+    try:
+        with pytest.raises(
+            ImageError, match=r"i\.qcow2': the L1 table names 2097152 L2 tables, more than 1048576"
+        ):
+            await Qcow2Image.open(opened, node_name="i", read_only=True)
+    finally:
+        await opened.close()
 
 
 @pytest.mark.parametrize("where", ["header", "L1 table", "refcount table", "refcount block", "L2 table"])

@@ -1,6 +1,7 @@
 """What a hostile image goes through: checked, repaired, looked at, read, written, streamed into.
 
-Whatever happens has to be one of blockd's own errors, which names the file; and no answer may take long.
+Whatever happens has to be one of blockd's own errors, which names the file and what in it is wrong; and no
+answer may take long.
 """
 
 import asyncio
@@ -37,6 +38,11 @@ STREAM_ROUNDS = 400
 MESSAGE_LENGTH_MAX = 8 * KIB
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 _NAMES = re.compile(r"'[^']*'")
+# Fields and structures of images, at least one of which every error names.
+_FIELDS = re.compile(
+    r"header|version|feature|encrypt|cluster|refcount|table|snapshot|bitmap|compression|the map|metadata"
+    r"|image size|image file|image format|backing|marked corrupt|is not an? \S+ (image|file)"
+)
 
 
 @dataclass
@@ -92,6 +98,7 @@ class Ordeal:
         """Is it an error that helps?"""
         message = error.message
         assert any(name in message for name in (str(self._arena.disk), BASE)), f"names no file: {message}"
+        assert _FIELDS.search(_NAMES.sub("", message)), f"names no field: {message}"
         assert message.isprintable() and len(message) < MESSAGE_LENGTH_MAX, message
         self._figures.errors[_NAMES.sub("'…'", _NUMBERS.sub("#", message))[:120]] += 1
 

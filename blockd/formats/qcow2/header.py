@@ -26,6 +26,8 @@ from blockd.units import MIB, SECTOR_SIZE, align_up
 MAGIC = b"QFI\xfb"
 CLUSTER_BITS_MIN, CLUSTER_BITS_MAX = 9, 21
 L1_SIZE_MAX = 32 * MIB
+# Where each is stays in memory. Met only with the smallest clusters: 32 GiB of data in clusters of 512 bytes.
+L2_TABLE_COUNT_MAX = 1 << 20
 REFCOUNT_TABLE_SIZE_MAX = 8 * MIB
 REFCOUNT_ORDER_MAX = 6
 BACKING_FILENAME_LENGTH_MAX = 1023

@@ -35,12 +35,14 @@ class Metadata:
         l1: "array[int]",
         refcount_table: "array[int]",
         snapshot_table: SnapshotTable,
+        *,
+        reserved: set[int],
     ) -> None:
         self.file = file
         self.header = header
         self.snapshots = snapshot_table.snapshots
         # Host offsets of all clusters that hold metadata: no guest data is ever written there.
-        self.reserved = _metadata_clusters(header, l1, refcount_table) | snapshot_table.clusters(header)
+        self.reserved = reserved
         self.mapping = Mapping(file, header, l1, self.reserved)
         self.allocator = Allocator(file, header, refcount_table, self.reserved)
         self.lock = asyncio.Lock()
@@ -61,11 +63,13 @@ class Metadata:
                 header = await _load_header(file)
         l1_size = header.l1_entry_count * 8
         l1 = await _load_table(file, header.l1_offset, l1_size, "L1 table") if l1_size else array("Q")
+        _require_few_tables(l1, file.filename)
         file.announce(FileEvent.REFTABLE_LOAD)
         table_size = header.refcount_table_clusters * header.cluster_size
         refcounts = await _load_table(file, header.refcount_table_offset, table_size, "refcount table")
         snapshot_table = NO_SNAPSHOTS if read_only else await snapshots.load(file, header)
-        metadata = cls(file, header, l1, refcounts, snapshot_table)
+        reserved = await in_thread(_metadata_clusters, header, l1, refcounts, snapshot_table)
+        metadata = cls(file, header, l1, refcounts, snapshot_table, reserved=reserved)
         if header.autoclear and not read_only:
             # Whoever set these bits relies on nobody else writing to the image.
             await in_thread(checkpoint.write_header_field, file, headers.AUTOCLEAR_FIELD, bytes(8))
@@ -260,7 +264,9 @@ class Metadata:
             )
 
 
-def _metadata_clusters(header: Header, l1: "array[int]", refcount_table: "array[int]") -> set[int]:
+def _metadata_clusters(
+    header: Header, l1: "array[int]", refcount_table: "array[int]", snapshot_table: SnapshotTable
+) -> set[int]:
     step = header.cluster_size
     l1_end = header.l1_offset + header.l1_entry_count * 8
     table_end = header.refcount_table_offset + header.refcount_table_clusters * step
@@ -268,6 +274,7 @@ def _metadata_clusters(header: Header, l1: "array[int]", refcount_table: "array[
         0,
         *range(header.l1_offset, l1_end, step),
         *range(header.refcount_table_offset, table_end, step),
+        *snapshot_table.clusters(header),
     }
     clusters.update(entry & OFFSET_MASK for entry in l1 if entry)
     clusters.update(entry & OFFSET_MASK for entry in refcount_table if entry)
@@ -288,6 +295,15 @@ async def _load_table(file: ProtocolNode, host_offset: int, length: int, what: s
     if host_offset + length > file.size:
         raise ImageError(f"'{file.filename}': the {what} at {host_offset:#x} runs past the end of the file")
     return unpack_entries(await file.read(host_offset, length))
+
+
+def _require_few_tables(l1: "array[int]", name: str) -> None:
+    count = len(l1) - l1.count(0)
+    if count > headers.L2_TABLE_COUNT_MAX:
+        raise ImageError(
+            f"'{name}': the L1 table names {count} L2 tables, more than {headers.L2_TABLE_COUNT_MAX}; "
+            "an image of this size needs larger clusters"
+        )
 
 
 def _require_writable(header: Header, name: str) -> None:
