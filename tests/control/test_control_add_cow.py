@@ -1,8 +1,6 @@
 """Live block copy from a raw disk to a raw disk: add-cow is there only while it is needed."""
 
-import subprocess
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 from blockd.cli.image.create import NewImage, create_image
@@ -13,6 +11,7 @@ from blockd.protocols.new_file import new_file
 from tests import qemu_img
 from tests.control.running import running
 from tests.layers import opened
+from tests.loop_device import can_loop, loop_device
 from tests.model import drawn
 from tests.qmp_client import QmpClient
 
@@ -35,28 +34,6 @@ def sparse_raw(path: Path, drawing: str = DRAWING) -> bytes:
 
 def data_size(path: Path) -> int:
     return path.stat().st_blocks * 512
-
-
-def can_loop(folder: Path) -> bool:
-    """Whether loop devices can be made here: as root, where the kernel has them and no sandbox forbids it."""
-    path = folder / "probe"
-    path.write_bytes(bytes(512))
-    try:
-        with loop_device(path):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
-
-
-@contextmanager
-def loop_device(path: Path) -> Iterator[Path]:
-    """A block device whose content is in a file."""
-    attach = ["losetup", "--find", "--show", str(path)]
-    device = subprocess.run(attach, check=True, capture_output=True, text=True).stdout.strip()
-    try:
-        yield Path(device)
-    finally:
-        subprocess.run(["losetup", "--detach", device], check=True)
 
 
 async def make_target(folder: Path, backing: Path, *, size: int = SIZE, name: str = "b") -> Path:

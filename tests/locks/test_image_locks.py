@@ -3,7 +3,7 @@
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -19,6 +19,7 @@ from blockd.units import MIB
 from tests import qemu_img
 from tests.conftest import StartDaemon
 from tests.locks.holders import HOLDERS, Hold
+from tests.loop_device import can_loop, loop_device
 from tests.qmp_client import QmpError
 
 FORMATS = ("qcow2", "raw")
@@ -86,6 +87,36 @@ async def test_image_that_another_program_reads_can_be_read_too(image: Path, hol
             with pytest.raises(RequestError, match=WRITE_LOCK):
                 async with opened(image, read_only=False):
                     pass
+
+
+@pytest.mark.parametrize("hold", [HOLDERS[name] for name in ("qemu-io", "qemu-nbd", "a second blockd")])
+async def test_block_device_is_locked_like_a_file(
+    tmp_path: Path, hold: Hold, record_property: Callable[[str, object], None]
+) -> None:
+    """Tried where block devices can be made; the report says so."""
+    with_device = can_loop(tmp_path)
+    record_property("with_block_device", with_device)
+    content = tmp_path / "disk.raw"
+    content.write_bytes(bytes(MIB))
+    path = tmp_path / "disk"
+    with loop_device(content) if with_device else nullcontext(content) as device:
+        path.symlink_to(device)
+        options = {
+            "driver": "host_device" if with_device else "file",
+            "node-name": "disk",
+            "filename": str(path),
+        }
+        with hold(path, "raw", False):
+            for read_only in (False, True):
+                with pytest.raises(RequestError, match=WRITE_LOCK):
+                    await NodeGraph().open(options | {"read-only": read_only})
+        graph = NodeGraph()
+        await graph.open(options)
+        with pytest.raises(AssertionError, match=WRITE_LOCK), hold(path, "raw", False):
+            pass
+        await graph.close()
+        with hold(path, "raw", False):
+            pass
 
 
 # -- blockd has it ----------------------------------------------------------------------------------
