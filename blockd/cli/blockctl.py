@@ -77,23 +77,29 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"blockctl {__version__}")
-    _add_shared(parser, socket=DEFAULT_SOCKET, is_json=False)
+    _add_socket(parser, DEFAULT_SOCKET)
+    _add_json(parser, default=False)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_stream_commands(commands)
     _add_other_commands(commands)
     return parser
 
 
-def _add_shared(parser: argparse.ArgumentParser, *, socket: str, is_json: bool | str) -> None:
-    """Options that may stand before and after the command."""
+# These may stand before and after the command.
+
+
+def _add_socket(parser: argparse.ArgumentParser, default: str) -> None:
     parser.add_argument(
         "--socket",
         "--qmp",
-        default=socket,
+        default=default,
         metavar="PATH",
         help=f"the daemon's QMP socket (default: {DEFAULT_SOCKET})",
     )
-    parser.add_argument("--json", action="store_true", default=is_json, help="print JSON, one value a line")
+
+
+def _add_json(parser: argparse.ArgumentParser, *, default: bool | str = argparse.SUPPRESS) -> None:
+    parser.add_argument("--json", action="store_true", default=default, help="print JSON, one value a line")
 
 
 def _add(
@@ -103,7 +109,8 @@ def _add(
     purpose: str,
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
-    _add_shared(parser, socket=argparse.SUPPRESS, is_json=argparse.SUPPRESS)
+    _add_socket(parser, argparse.SUPPRESS)
+    _add_json(parser)
     parser.set_defaults(action=action)
     return parser
 
@@ -137,9 +144,7 @@ def _add_other_commands(commands: "argparse._SubParsersAction[argparse.ArgumentP
     _add(commands, "list", actions.list_all, "list disks with their backing files, streams and exports")
     raw = _add(commands, "raw", actions.raw, "send a QMP request and print what it returns")
     raw.add_argument("request", type=_request, help="a JSON object, or - to read it from standard input")
-    images = ImageParsers(
-        lambda parser: _add_shared(parser, socket=argparse.SUPPRESS, is_json=argparse.SUPPRESS)
-    )
+    images = ImageParsers(_add_json)
     images.add_create(commands)
     images.add_image(commands)
 
