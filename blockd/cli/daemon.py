@@ -99,18 +99,18 @@ def _announce(config: "Config") -> None:
 def _serve(config: "Config", when_ready: Callable[[], None], when_ending: Callable[[], None]) -> None:
     """Run the daemon until it is told to end."""
     import asyncio
-    import logging
 
     import uvloop
 
     from blockd.aio import io_executor
+    from blockd.cli.log import start_log
     from blockd.daemon import Daemon
 
     async def run() -> None:
         asyncio.get_running_loop().set_default_executor(io_executor())
         await Daemon().run(config, when_ready, when_ending)
 
-    logging.basicConfig(format="blockd: %(levelname)s: %(name)s: %(message)s", level=logging.WARNING)
+    start_log()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
 
