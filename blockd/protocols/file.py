@@ -25,9 +25,12 @@ from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
+from blockd.protocols.read_buffers import ReadBuffers
 from blockd.units import MIB
 
 log = logging.getLogger(__name__)
+
+_buffers = ReadBuffers()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -120,7 +123,7 @@ class FileNode(ProtocolNode):
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         if length > NOWAIT_LENGTH_MAX:
             return None
-        buffer = bytearray(length)
+        buffer = _buffers.get(length)
         try:
             count = os.preadv(self._fd, [buffer], offset, os.RWF_NOWAIT)
         except OSError:
