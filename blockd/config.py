@@ -5,110 +5,82 @@ option keeps the text it was read from, so that an error met while doing it can 
 `RequestError(f"{given.where}: {error.message}")`; `cli/` puts the program's name in front.
 """
 
-from typing import Annotated, Literal, NamedTuple
-
-from pydantic import BeforeValidator, Field
-
-from blockd.qmp.models import Members
-
-PORT_MAX = 65535
+from typing import NamedTuple, TypeAlias
 
 
-def _port(value: object) -> object:
-    """QEMU writes port numbers as strings."""
-    if isinstance(value, str) and not (value.isascii() and value.isdigit() and int(value) <= PORT_MAX):
-        raise ValueError(f"'{value}' is not a port number (0 to {PORT_MAX})")
-    return int(value) if isinstance(value, str) else value
-
-
-def _descriptor(value: object) -> object:
-    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
-        raise ValueError(f"Unable to parse FD number {value}")
-    return int(value) if isinstance(value, str) else value
-
-
-class UnixAddress(Members):
+class UnixAddress(NamedTuple):
     """A socket in the file system."""
 
-    type: Literal["unix"] = "unix"
     path: str
 
 
-class InetAddress(Members):
+class InetAddress(NamedTuple):
     """A TCP port."""
 
-    type: Literal["inet"] = "inet"
     host: str
-    port: Annotated[int, BeforeValidator(_port)]
+    port: int
 
 
-class FdAddress(Members):
+class FdAddress(NamedTuple):
     """A socket that was open when the daemon was started."""
 
-    type: Literal["fd"] = "fd"
-    fd: Annotated[int, BeforeValidator(_descriptor)] = Field(alias="str")
+    fd: int
 
 
-Address = UnixAddress | InetAddress | FdAddress
-TaggedAddress = Annotated[Address, Field(discriminator="type")]
+Address: TypeAlias = UnixAddress | InetAddress | FdAddress
 
 
-class Blockdev(Members):
+class Blockdev(NamedTuple):
     """Add a node to the graph; `options` are BlockdevOptions as blockdev-add takes them."""
 
     options: dict[str, object]
 
 
-class Object(Members):
+class Object(NamedTuple):
     """Define an object; `options` are checked, as object-add takes them."""
 
     options: dict[str, object]
 
 
-class SocketChardev(Members):
+class SocketChardev(NamedTuple):
     """Where a monitor listens (`server`) or connects to (not `server`)."""
 
     id: str
-    address: TaggedAddress
+    address: Address
     server: bool = False
 
 
-class StdioChardev(Members):
+class StdioChardev(NamedTuple):
     """The daemon's own standard input and output."""
 
     id: str
 
 
-class Monitor(Members):
+class Monitor(NamedTuple):
     """Serve QMP on a chardev defined before."""
 
     chardev: str
-    mode: Literal["control"] = "control"
     pretty: bool = False
 
 
-class NbdServer(Members):
+class NbdServer(NamedTuple):
     """Start the NBD server."""
 
-    addr: TaggedAddress
-    max_connections: Annotated[int, Field(ge=0, lt=1 << 32)] = 100
+    addr: Address
+    max_connections: int = 100
 
 
-class Export(Members):
+class Export(NamedTuple):
     """Offer a node, or the device on it, over NBD."""
 
-    type: Literal["nbd"]
     id: str
     node_name: str
     name: str | None = None
-    description: str | None = None
+    description: str = ""
     writable: bool = False
-    # Accepted for the sake of QEMU's command lines; there are no threads to choose from.
-    iothread: str | None = None
-    fixed_iothread: bool = False
 
 
-class FileDevice(Members):
+class FileDevice(NamedTuple):
     """A device on an image file with its whole backing chain, exported writable under its name.
 
     The export follows when all options are done, for the NBD server may come after the device.
@@ -119,26 +91,26 @@ class FileDevice(Members):
     format: str | None = None
 
 
-class NodeDevice(Members):
+class NodeDevice(NamedTuple):
     """A device on a node defined before; it is exported only by an Export of its own."""
 
     id: str
     node_name: str
 
 
-class QmpSocket(Members):
+class QmpSocket(NamedTuple):
     """Serve QMP on a unix socket: chardev and monitor in one."""
 
     path: str
 
 
-class HttpServer(Members):
+class HttpServer(NamedTuple):
     """Show over HTTP what goes on: status, metrics."""
 
     addr: UnixAddress | InetAddress
 
 
-Option = (
+Option: TypeAlias = (
     Blockdev
     | Object
     | SocketChardev

@@ -23,21 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from blockd.cli.config_lines import ConfigLines, Path
-from blockd.config import (
-    Export,
-    FdAddress,
-    FileDevice,
-    Given,
-    InetAddress,
-    Monitor,
-    NbdServer,
-    NodeDevice,
-    Option,
-)
+from blockd.cli.option_fields import EXPORT, FD, FILE_DEVICE, INET, MONITOR, NBD_SERVER, NODE_DEVICE
+from blockd.config import Given, Option
 from blockd.drivers.table import DRIVERS
 from blockd.errors import RequestError
 from blockd.objects import LIMITS, OBJECT_TYPES
-from blockd.qmp.models import Members as Model
 from blockd.units import MIB
 
 # Thousands of disks need less.
@@ -198,10 +188,8 @@ def _members_of(table: str) -> list[str]:
         return ["qom-type", "id", *LIMITS, *(name for fields in OBJECT_TYPES.values() for name in fields)]
     if table == "chardev":
         return ["backend", "id", "path", "host", "port", "fd", "server", "wait"]
-    models: Mapping[str, Sequence[type[Model]]] = {
-        "nbd-server": (NbdServer, InetAddress, FdAddress),
-        "device": (FileDevice, NodeDevice),
-        "export": (Export,),
-        "monitor": (Monitor,),
-    }
-    return [field.alias or "" for model in models[table] for field in model.model_fields.values()]
+    if table == "nbd-server":
+        return [*NBD_SERVER, "type", "path", *INET, *FD]
+    if table == "device":
+        return [*FILE_DEVICE, *NODE_DEVICE]
+    return [*{"export": EXPORT, "monitor": MONITOR}[table]]

@@ -9,11 +9,20 @@ Raises:   RequestError, from everything in here: "OPTION VALUE: what is wrong"; 
 import re
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import NamedTuple, TypeVar
-
-from pydantic import ValidationError
+from typing import NamedTuple
 
 from blockd.cli.keyval import Members, parse_flat, parse_json, parse_members
+from blockd.cli.option_fields import (
+    EXPORT,
+    FILE_DEVICE,
+    MONITOR,
+    NBD_SERVER,
+    NODE_DEVICE,
+    SOCKET_CHARDEV,
+    STDIO_CHARDEV,
+    made,
+    port_number,
+)
 from blockd.config import (
     Blockdev,
     Config,
@@ -35,8 +44,6 @@ from blockd.config import (
 from blockd.drivers import check_blockdev
 from blockd.errors import RequestError
 from blockd.objects import check_object
-from blockd.qmp.errors import argument_error
-from blockd.qmp.models import Members as Model
 
 DEFAULT_QMP_PATH = "blockd.qmp"
 DEFAULT_NBD_PATH = "blockd.nbd"
@@ -44,12 +51,6 @@ DEFAULT_NBD_PATH = "blockd.nbd"
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 # Options of a socket chardev that only say how QEMU goes about it.
 _WITHOUT_EFFECT = ("wait", "delay", "nodelay", "mux")
-_TEXT_ERRORS = {
-    "bool_parsing": "Parameter '{}' expects 'on' or 'off'",
-    "int_parsing": "Parameter '{}' expects integer",
-}
-
-ModelType = TypeVar("ModelType", bound=Model)
 
 
 class Action(Enum):
@@ -187,7 +188,7 @@ def _chardev(value: str) -> SocketChardev | StdioChardev:
     backend = members.pop("backend", None)
     if backend == "stdio":
         members = {name: member for name, member in members.items() if name not in ("mux", "signal")}
-        option: SocketChardev | StdioChardev = _validated(StdioChardev, members)
+        option: SocketChardev | StdioChardev = made(StdioChardev, members, STDIO_CHARDEV)
     elif backend == "socket":
         option = _socket_chardev(members)
     else:
@@ -208,19 +209,22 @@ def _socket_chardev(members: Members) -> SocketChardev:
     if found == ["inet"] and "port" not in address:
         raise RequestError("chardev: socket: no port given")
     plain = {name: member for name, member in members.items() if name not in _WITHOUT_EFFECT}
-    return _validated(SocketChardev, {**plain, "address": {"type": found[0], **address}})
+    return made(SocketChardev, {**plain, "address": {"type": found[0], **address}}, SOCKET_CHARDEV)
 
 
 def _monitor(value: str) -> Monitor:
-    return _validated(Monitor, *parse_members(value, "chardev"))
+    members, is_text = parse_members(value, "chardev")
+    return made(Monitor, members, MONITOR, is_text=is_text)
 
 
 def _nbd_server(value: str) -> NbdServer:
-    return _validated(NbdServer, *parse_members(value))
+    members, is_text = parse_members(value)
+    return made(NbdServer, members, NBD_SERVER, is_text=is_text)
 
 
 def _export(value: str) -> Export:
-    return _validated(Export, *parse_members(value, "type"))
+    members, is_text = parse_members(value, "type")
+    return made(Export, members, EXPORT, is_text=is_text)
 
 
 def _object(value: str) -> Object:
@@ -244,10 +248,10 @@ def _device(value: str) -> FileDevice | NodeDevice:
 
 def _device_of(members: Members) -> FileDevice | NodeDevice:
     if "node-name" in members:
-        on_node = _validated(NodeDevice, members)
+        on_node = made(NodeDevice, members, NODE_DEVICE)
         _check_identifier(on_node.id)
         return on_node
-    on_file = _validated(FileDevice, members)
+    on_file = made(FileDevice, members, FILE_DEVICE)
     _check_identifier(on_file.name)
     return on_file
 
@@ -268,7 +272,7 @@ def _address(value: str) -> UnixAddress | InetAddress:
     host, colon, port = value.rpartition(":")
     if not colon or "/" in value:
         return UnixAddress(path=value)
-    return _validated(InetAddress, {"type": "inet", "host": host.strip("[]"), "port": port})
+    return InetAddress(host.strip("[]"), port_number(port))
 
 
 def _check_identifier(name: str) -> None:
@@ -276,16 +280,6 @@ def _check_identifier(name: str) -> None:
         raise RequestError(
             "Parameter 'id' expects an identifier: letters, digits, '-', '.' and '_', starting with a letter"
         )
-
-
-def _validated(model: type[ModelType], members: Members, is_text: bool = True) -> ModelType:
-    try:
-        return model.model_validate(members, strict=not is_text, by_alias=True, by_name=False)
-    except ValidationError as error:
-        fault = error.errors(include_url=False)[0]
-        if is_text and fault["type"] in _TEXT_ERRORS:
-            raise RequestError(_TEXT_ERRORS[fault["type"]].format(fault["loc"][-1])) from error
-        raise argument_error(error, members) from error  # type: ignore[arg-type]
 
 
 _ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}

@@ -10,7 +10,6 @@ from blockd.drivers import NodeGraph
 from blockd.jobs.manager import JobManager
 from blockd.objects import Objects
 from blockd.qmp.events import EventBus
-from blockd.qmp.table import CommandTable
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,3 @@ class Services:
     # Makes the daemon end once the reply is out.
     stop: Callable[[], None]
     objects: Objects
-
-
-Table = CommandTable[Services]

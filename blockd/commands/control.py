@@ -1,6 +1,7 @@
 """The daemon itself."""
 
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 
 TABLE: Table = Table()
 

@@ -7,7 +7,8 @@ from pydantic import ConfigDict, Field
 
 from blockd.block.node import BlockNode, ProtocolNode
 from blockd.block.options import Options
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.drivers import check_blockdev
 from blockd.drivers.add_cow import create_add_cow
 from blockd.errors import ErrorKind, RequestError

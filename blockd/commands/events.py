@@ -1,10 +1,10 @@
-"""The events, and the observer that turns what happens to jobs into them."""
+"""The events."""
 
 from typing import ClassVar
 
-from blockd.jobs.job import Action, Job
+from blockd.jobs.job import Action
 from blockd.jobs.states import JobStatus
-from blockd.qmp.events import Event, EventBus
+from blockd.qmp.models import Event
 
 
 class JobStatusChange(Event):
@@ -101,30 +101,3 @@ EVENTS: tuple[type[Event], ...] = (
     BlockSwitched,
     BlockExportDeleted,
 )
-
-
-class JobEvents:
-    """A `JobObserver` that emits an event for everything."""
-
-    def __init__(self, bus: EventBus) -> None:
-        self._bus = bus
-
-    def status_changed(self, job: Job) -> None:
-        self._bus.emit(JobStatusChange(status=job.status, id=job.id))
-
-    def error_met(self, job: Job, operation: str, action: Action) -> None:
-        self._bus.emit(BlockJobError(device=job.id, operation=operation, action=action))
-
-    def pending(self, job: Job) -> None:
-        self._bus.emit(BlockJobPending(type=job.type, id=job.id))
-
-    def ended(self, job: Job) -> None:
-        if not job.is_block_job:
-            return
-        end = {"device": job.id, "len": job.length, "offset": job.offset, "speed": job.speed}
-        if job.is_cancelled:
-            self._bus.emit(BlockJobCancelled.model_validate({**end, "type": job.type}))
-        else:
-            error = job.error.message if job.error else None
-            result = {"type": job.type, "error": error, "image": job.plain_image}
-            self._bus.emit(BlockJobCompleted.model_validate({**end, **result}))

@@ -4,7 +4,8 @@ from typing import Annotated, Literal, NoReturn
 
 from pydantic import Field
 
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.errors import RequestError
 from blockd.exports.nbd.server import CONNECTION_COUNT_MAX, NbdServer
 from blockd.qmp.models import Arguments, Members, Result, UInt32

@@ -8,7 +8,8 @@ from pydantic import Field
 from blockd.aio import in_thread
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.devices.backing_names import find_base
 from blockd.devices.streams import JobOptions, StreamRequest
 from blockd.errors import ErrorKind, RequestError

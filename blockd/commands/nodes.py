@@ -4,8 +4,9 @@ from pydantic import ConfigDict
 
 from blockd.aio import in_thread
 from blockd.block.chain import unfiltered
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
 from blockd.commands.node_info import BlockDeviceInfo, device_info
+from blockd.commands.topic import Table
 from blockd.devices.changes import make_changes
 from blockd.devices.reopening import Reopen
 from blockd.drivers import check_blockdev

@@ -7,7 +7,8 @@ paths: ``/objects/ID``, or just ``ID``.
 from pydantic import ConfigDict, JsonValue
 
 from blockd.block.options import Place, record
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.errors import ErrorKind, RequestError
 from blockd.filters.throttle_group import NO_LIMITS, ThrottleGroup
 from blockd.objects import LIMIT_PREFIX, LIMITS, Object, check_object

@@ -7,7 +7,7 @@ from pathlib import Path
 from blockd.commands.events import EVENTS
 from blockd.commands.table import COMMANDS
 from blockd.qmp.schema import differing_documents, schema_documents, write_documents
-from blockd.qmp.session import SESSION_COMMANDS
+from blockd.qmp.session_commands import SESSION_COMMANDS
 
 DOCUMENTS = schema_documents([COMMANDS, SESSION_COMMANDS], EVENTS)
 

@@ -4,7 +4,8 @@ from typing import Literal
 
 from blockd.block.chain import chain, unfiltered
 from blockd.block.node import OverlayNode
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.devices.changes import make_changes
 from blockd.devices.overlays import DEFAULT_FORMAT, SnapshotInFile, SnapshotOnNode
 from blockd.errors import BlockdError, RequestError

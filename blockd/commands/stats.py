@@ -6,7 +6,8 @@ from pydantic import ConfigDict, Field
 
 from blockd.block.accounting import DiskStats
 from blockd.block.node import BlockNode
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
+from blockd.commands.topic import Table
 from blockd.qmp.models import Arguments, Members, Result
 
 TABLE: Table = Table()

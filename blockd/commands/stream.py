@@ -6,8 +6,9 @@ from pydantic import Field
 
 from blockd.aio import in_thread
 from blockd.block.node import OverlayNode
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
 from blockd.commands.events import BlockStreamCompleted, BlockSwitched
+from blockd.commands.topic import Table
 from blockd.devices.backing_names import find_base
 from blockd.devices.changes import make_changes
 from blockd.devices.device import Device

@@ -12,8 +12,8 @@ from blockd.commands import (
     stream,
     transaction,
 )
-from blockd.commands.context import Table
 from blockd.commands.events import EVENTS
+from blockd.commands.topic import Table
 
 COMMANDS: Table = Table(EVENTS)
 for _module in (stream, jobs, nodes, stats, creation, snapshots, transaction, objects, exports, control):

@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from blockd.commands.context import Services, Table
+from blockd.commands.context import Services
 from blockd.commands.events import BlockSwitched
 from blockd.commands.jobs import BlockStreamJobArguments, stream_request
 from blockd.commands.snapshots import (
@@ -19,6 +19,7 @@ from blockd.commands.snapshots import (
     snapshot_on_node,
 )
 from blockd.commands.stream import BlockSwitchArguments
+from blockd.commands.topic import Table
 from blockd.devices.changes import Change, make_changes
 from blockd.devices.overlays import Switch
 from blockd.devices.stream_changes import StartStream

@@ -4,7 +4,12 @@
     end     jobs end, their events sent → journal → QMP answers and disconnects → NBD → images closed
 
 Whatever fails at start ends the same way.
+
+What is slow to load, the models of QMP and of the journal, is loaded when everybody can connect already, or
+when it is needed.
 """
+
+# ruff: noqa: PLC0415
 
 import asyncio
 import logging
@@ -12,16 +17,15 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from blockd.block.image_paths import ImagePaths
 from blockd.commands.context import Services
-from blockd.commands.events import BlockExportDeleted, JobEvents
-from blockd.commands.table import COMMANDS
+from blockd.commands.telling import EventTeller
 from blockd.config import Config
 from blockd.daemon.options import Starter
 from blockd.daemon.pidfile import Pidfile
 from blockd.daemon.recorder import Recorder
-from blockd.daemon.restoring import restore, restore_monitors
 from blockd.devices.device import Devices
 from blockd.devices.exports import Exports
 from blockd.devices.streams import Streams
@@ -31,6 +35,9 @@ from blockd.jobs.manager import JobManager
 from blockd.objects import Objects
 from blockd.qmp.events import EventBus
 from blockd.qmp.server import QmpServer
+
+if TYPE_CHECKING:
+    from blockd.qmp.table import CommandTable
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +71,7 @@ class Daemon:
                 if config.pidfile is not None:
                     stack.callback(Pidfile.create(config.pidfile).remove)
                 when_ready()
+                await qmp.commands.tables()
                 await self._stop_asked.wait()
                 when_ending()
             except BlockdError as error:
@@ -84,19 +92,24 @@ class Daemon:
         stack.push_async_callback(graph.close)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         devices = Devices(graph)
-        exports = Exports(devices, tasks, lambda export_id: events.emit(BlockExportDeleted(id=export_id)))
+        teller = EventTeller(events)
+        exports = Exports(devices, tasks, teller.export_deleted)
         stack.push_async_callback(_close_exports, exports)
-        jobs = await stack.enter_async_context(JobManager(JobEvents(events), self._recorder.record_end))
+        jobs = await stack.enter_async_context(JobManager(teller, self._recorder.record_end))
 
         def quit_() -> None:
             qmp.stop()  # what was sent after `quit` is not run
             self.stop()
 
         services = Services(graph, devices, Streams(devices, jobs), jobs, exports, events, quit_, objects)
-        commands = COMMANDS.wrapped(self._recorder.recorded)
-        qmp = await stack.enter_async_context(QmpServer(commands, events, services))
+        qmp = await stack.enter_async_context(QmpServer(self._load_commands, events, services))
         self._recorder.watch(services, qmp.is_heard)
         return services, qmp
+
+    def _load_commands(self) -> "CommandTable[Services]":
+        from blockd.commands.table import COMMANDS
+
+        return COMMANDS.wrapped(self._recorder.recorded)
 
     def _image_paths(self, config: Config) -> list[str]:
         earlier = self._recorder.earlier
@@ -121,6 +134,8 @@ class Daemon:
         recorder.image_paths = self._image_paths(config)
         with _naming(f"--state-dir {config.state_dir}"):
             if earlier is not None:
+                from blockd.daemon.restoring import restore
+
                 await restore(services, earlier)
             elif config.state_dir is not None and not config.options:
                 raise RequestError("nothing to serve: there is no journal yet; give a disk, see --help")
@@ -131,8 +146,10 @@ class Daemon:
                     await step(given)
         with _naming(f"--state-dir {config.state_dir}"):
             if config.options:
-                recorder.monitors = starter.monitors
+                recorder.note_monitors(starter.monitors)
             else:
+                from blockd.daemon.restoring import restore_monitors
+
                 await restore_monitors(qmp, recorder.monitors)
             await recorder.save()
 

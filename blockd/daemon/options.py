@@ -4,6 +4,7 @@ import logging
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 from blockd.block.node import BlockNode
 from blockd.commands.context import Services
@@ -26,12 +27,18 @@ from blockd.config import (
     UnixAddress,
 )
 from blockd.daemon.disagreement import differences, subject_of
-from blockd.daemon.state import MonitorRecord
 from blockd.errors import RequestError
 from blockd.exports.nbd.server import NbdServer as Server
 from blockd.qmp.server import QmpServer
 
 log = logging.getLogger(__name__)
+
+
+class ServedMonitor(NamedTuple):
+    """Where QMP is served."""
+
+    address: UnixAddress | InetAddress
+    is_pretty: bool
 
 
 class Starter:
@@ -44,7 +51,7 @@ class Starter:
     def __init__(
         self, services: Services, qmp: QmpServer[Services], given: dict[str, str], stack: AsyncExitStack
     ) -> None:
-        self.monitors: list[MonitorRecord] = []
+        self.monitors: list[ServedMonitor] = []
         self._services = services
         self._qmp = qmp
         # Ends what is started here and has no other owner.
@@ -128,14 +135,14 @@ class Starter:
     def _note_monitor(self, address: UnixAddress | InetAddress, *, is_pretty: bool) -> None:
         if isinstance(address, UnixAddress):
             address = UnixAddress(path=str(Path(address.path).absolute()))
-        self.monitors.append(MonitorRecord(place=address, is_pretty=is_pretty))
+        self.monitors.append(ServedMonitor(address, is_pretty))
 
     async def _add_export(self, option: Export) -> None:
         await self._services.exports.add(
             option.id,
             self._find(option.node_name),
             name=option.node_name if option.name is None else option.name,
-            description=option.description or "",
+            description=option.description,
             writable=option.writable,
         )
 

@@ -9,30 +9,30 @@ state is taken and compared with the last one that was written. What matters is 
 
 A job of an earlier run may end before anyone has come back to hear of it. Its end waits for the first client
 then, and stays in the journal.
+
+The journal's models are loaded by those daemons only that have a journal.
 """
+
+# ruff: noqa: PLC0415
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
 from blockd.commands.context import Services
-from blockd.daemon.snapshot import (
-    NodeRecords,
-    device_records,
-    export_records,
-    job_records,
-    nbd_server_record,
-    throttle_group_records,
-)
-from blockd.daemon.state import MonitorRecord, State, parse_state
+from blockd.daemon.options import ServedMonitor
 from blockd.daemon.state_dir import StateDir
 from blockd.errors import StorageError
 from blockd.jobs.job import Job, RecordEnd
 from blockd.jobs.states import JobStatus
-from blockd.qmp.table import Command
+
+if TYPE_CHECKING:
+    from blockd.daemon.state import MonitorRecord, State
+    from blockd.qmp.table import Command
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Recorder:
     Without a directory it does nothing, and jobs end with the daemon.
     """
 
-    def __init__(self, state_dir: StateDir | None, earlier: State | None) -> None:
+    def __init__(self, state_dir: StateDir | None, earlier: "State | None") -> None:
         # What the last run was; None: there was none.
         self.earlier = earlier
         # What does not follow from the running daemon; see `State`.
@@ -67,6 +67,8 @@ class Recorder:
         """
         if path is None:
             return cls(None, None)
+        from blockd.daemon.state import parse_state
+
         state_dir = await in_thread(StateDir.open, path)
         stack.callback(state_dir.close)
         text = await in_thread(state_dir.load)
@@ -77,6 +79,13 @@ class Recorder:
         self._services = services
         self._is_heard = is_heard
         services.devices.record = self.save
+
+    def note_monitors(self, monitors: Iterable[ServedMonitor]) -> None:
+        """Where QMP is served in this run."""
+        if self._state_dir is not None:
+            from blockd.daemon.snapshot import monitor_records
+
+            self.monitors = monitor_records(monitors)
 
     def begin(self) -> None:
         """Write from now on: what was recorded before is running again."""
@@ -112,7 +121,7 @@ class Recorder:
             await in_thread(self._state_dir.sync)
             self._written = state
 
-    def recorded(self, command: Command[Services]) -> Command[Services]:
+    def recorded(self, command: "Command[Services]") -> "Command[Services]":
         """The same command, whose reply waits for the journal."""
         if self._state_dir is None or command.name.startswith("query-"):
             return command
@@ -157,17 +166,13 @@ class Recorder:
         await in_thread(self._state_dir.sync)
         self._written = state
 
-    def _take(self, ending: Job | None = None) -> State:
-        nodes = NodeRecords(self._services)
-        return State(
-            throttle_groups=throttle_group_records(self._services),
-            nodes=nodes.take(),
-            devices=device_records(self._services, nodes),
-            nbd_server=nbd_server_record(self._services),
-            exports=export_records(self._services, nodes),
-            jobs=job_records(self._services, nodes, ending),
-            given=dict(self.given),
+    def _take(self, ending: Job | None = None) -> "State":
+        from blockd.daemon.snapshot import take_state
+
+        return take_state(
+            self._services,
+            ending,
+            given=self.given,
             monitors=self.monitors,
             image_paths=self.image_paths,
-            allowed_files=self._services.graph.allowed_files,
         )

@@ -7,15 +7,16 @@ from collections.abc import Iterable, Sequence
 from blockd.block.chain import unfiltered
 from blockd.commands.context import Services
 from blockd.commands.stream import stream_teller
-from blockd.config import InetAddress, UnixAddress
 from blockd.daemon.ended_job import EndedJob, concluded_job
 from blockd.daemon.state import (
     ExportRecord,
+    InetPlace,
     JobRecord,
     MonitorRecord,
     NbdServerRecord,
     State,
     StreamRecord,
+    UnixPlace,
 )
 from blockd.devices.streams import JobOptions, StreamRequest
 from blockd.drivers.opening import Restored
@@ -65,9 +66,9 @@ async def restore_monitors(qmp: QmpServer[Services], monitors: Iterable[MonitorR
     """Serve QMP where the earlier run did."""
     for monitor in monitors:
         match monitor.place:
-            case UnixAddress(path=path):
+            case UnixPlace(path=path):
                 await qmp.listen_unix(path, pretty=monitor.is_pretty)
-            case InetAddress(host=host, port=port):
+            case InetPlace(host=host, port=port):
                 await qmp.listen_tcp(host, port, pretty=monitor.is_pretty)
 
 
@@ -78,9 +79,9 @@ async def _restore_nbd_server(services: Services, record: NbdServerRecord) -> No
     server = services.exports.start_server(record.max_connections)
     for place in record.places:
         match place:
-            case UnixAddress(path=path):
+            case UnixPlace(path=path):
                 server.listen_unix(path)
-            case InetAddress(host=host, port=port):
+            case InetPlace(host=host, port=port):
                 await server.listen_tcp(host, port)
 
 

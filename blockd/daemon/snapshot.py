@@ -6,22 +6,27 @@ started again puts its own in place.
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.commands.context import Services
 from blockd.config import InetAddress, UnixAddress
 from blockd.daemon.ended_job import EndedJob
+from blockd.daemon.options import ServedMonitor
 from blockd.daemon.state import (
     DeviceRecord,
     ExportRecord,
+    InetPlace,
     JobRecord,
+    MonitorRecord,
     NbdServerRecord,
     NodeRecord,
     Place,
+    State,
     StreamRecord,
     ThrottleGroupRecord,
+    UnixPlace,
 )
 from blockd.devices.streams import Stream, StreamRequest
 from blockd.exports.nbd.server import NbdServer
@@ -33,6 +38,30 @@ from blockd.protocols.file import FileNode
 
 # Told by the node itself, or in a member of the record.
 _LIVE_OPTIONS = ("node-name", "read-only", "backing", "file", "image")
+
+
+def take_state(
+    services: Services,
+    ending: Job | None,
+    *,
+    given: Mapping[str, str],
+    monitors: Sequence[MonitorRecord],
+    image_paths: Sequence[str],
+) -> State:
+    """All of it; the end of the job `ending` counts as told, and the rest is what no service knows."""
+    nodes = NodeRecords(services)
+    return State(
+        throttle_groups=throttle_group_records(services),
+        nodes=nodes.take(),
+        devices=device_records(services, nodes),
+        nbd_server=nbd_server_record(services),
+        exports=export_records(services, nodes),
+        jobs=job_records(services, nodes, ending),
+        given=dict(given),
+        monitors=list(monitors),
+        image_paths=list(image_paths),
+        allowed_files=services.graph.allowed_files,
+    )
 
 
 class NodeRecords:
@@ -129,7 +158,18 @@ def device_records(services: Services, nodes: NodeRecords) -> list[DeviceRecord]
     return [DeviceRecord(name=device.name, node=nodes.name(device.node)) for device in services.devices]
 
 
-# -- exports -----------------------------------------------------------------------------------
+# -- servers and exports -----------------------------------------------------------------------
+
+
+def monitor_records(monitors: Iterable[ServedMonitor]) -> list[MonitorRecord]:
+    """Where QMP is served."""
+    return [MonitorRecord(place=_place(address), is_pretty=is_pretty) for address, is_pretty in monitors]
+
+
+def _place(address: UnixAddress | InetAddress) -> Place:
+    if isinstance(address, UnixAddress):
+        return UnixPlace(path=address.path)
+    return InetPlace(host=address.host, port=address.port)
 
 
 def nbd_server_record(services: Services) -> NbdServerRecord | None:
@@ -144,9 +184,9 @@ def _places(server: NbdServer) -> Iterator[Place]:
     for listener in server.sockets:
         name = listener.getsockname()
         if listener.family == socket.AF_UNIX:
-            yield UnixAddress(path=os.path.abspath(name))  # noqa: PTH100  (links stay as they are)
+            yield UnixPlace(path=os.path.abspath(name))  # noqa: PTH100  (links stay as they are)
         else:
-            yield InetAddress(host=name[0], port=name[1])
+            yield InetPlace(host=name[0], port=name[1])
 
 
 def export_records(services: Services, nodes: NodeRecords) -> list[ExportRecord]:

@@ -7,16 +7,31 @@ The format on disk follows from these models; whoever changes them in a way that
 misread raises `state_dir.VERSION`.
 """
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue, ValidationError
 
-from blockd.config import InetAddress, UnixAddress
 from blockd.errors import ImageError
 from blockd.jobs.job import OnError
 from blockd.qmp.models import Members
 
-Place = Annotated[UnixAddress | InetAddress, Field(discriminator="type")]
+
+class UnixPlace(Members):
+    """A socket in the file system."""
+
+    type: Literal["unix"] = "unix"
+    path: str
+
+
+class InetPlace(Members):
+    """A TCP port."""
+
+    type: Literal["inet"] = "inet"
+    host: str
+    port: int
+
+
+Place = Annotated[UnixPlace | InetPlace, Field(discriminator="type")]
 
 
 class ThrottleGroupRecord(Members):

@@ -1,12 +1,14 @@
 """Errors at the QMP border: which class an error has, and QEMU's words for wrong arguments."""
 
 from collections.abc import Mapping, Sequence
-
-from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from typing import TYPE_CHECKING
 
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.wire.qmp import LongText, Value
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+    from pydantic_core import ErrorDetails
 
 # Everything else is GenericError.
 QMP_CLASSES: Mapping[ErrorKind, str] = {
@@ -37,12 +39,12 @@ def error_object(error: BlockdError) -> dict[str, Value]:
     return {"class": QMP_CLASSES.get(error.kind, "GenericError"), "desc": error.message}
 
 
-def argument_error(error: ValidationError, arguments: Mapping[str, Value]) -> RequestError:
+def argument_error(error: "ValidationError", arguments: Mapping[str, Value]) -> RequestError:
     """Say in QEMU's words what is wrong with `arguments`; the first fault is the one reported."""
     return RequestError(_describe(error.errors(include_url=False)[0], arguments))
 
 
-def _describe(fault: ErrorDetails, arguments: Mapping[str, Value]) -> str:
+def _describe(fault: "ErrorDetails", arguments: Mapping[str, Value]) -> str:
     kind, given, context = fault["type"], fault["input"], fault.get("ctx", {})
     location = _without_tags(fault["loc"], arguments)
     name = _dotted(location)

@@ -1,30 +1,21 @@
-"""Events and the one bus they travel on.
+"""The one bus that events travel on.
 
-An event is a pydantic model whose fields are the event's data:
-
-    class BlockSwitched(Event):
-        name: ClassVar[str] = "BLOCK_SWITCHED"
-        device: str
-
-`EventBus.emit` stamps it and hands it to every listener at once, so events keep the order they were
-emitted in and stand before the reply of the command that caused them.
+An event is a pydantic model, see `models.Event`; the bus is there before those are loaded. `EventBus.emit`
+stamps it and hands it to every listener at once, so events keep the order they were emitted in and stand
+before the reply of the command that caused them.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import TYPE_CHECKING
 
-from blockd.qmp.models import Members
 from blockd.wire.qmp import Value
 
+if TYPE_CHECKING:
+    from blockd.qmp.models import Event
+
 Listener = Callable[[dict[str, Value]], None]
-
-
-class Event(Members):
-    """Something that happened; subclasses set `name`."""
-
-    name: ClassVar[str]
 
 
 class EventBus:
@@ -35,7 +26,12 @@ class EventBus:
         self._listeners: dict[int, Listener] = {}
         self._next_key = 0
 
-    def emit(self, event: Event) -> None:
+    @property
+    def has_listeners(self) -> bool:
+        """Whether anybody would be given an event; who asks before making one spares itself the work."""
+        return bool(self._listeners)
+
+    def emit(self, event: "Event") -> None:
         """Give every listener the event in its QMP form, `{"timestamp", "event", "data"}`.
 
         Needs:    listeners neither raise nor wait.

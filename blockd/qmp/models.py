@@ -5,7 +5,7 @@ field name. Types are strict: `"5"`, `5.0` and `true` are not integers.
 """
 
 from collections.abc import Mapping
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
 from pydantic_core import PydanticCustomError
@@ -78,3 +78,14 @@ class Arguments(Members):
 
 class Result(Members):
     """What a command returns, or an element of the list it returns."""
+
+
+class Event(Members):
+    """Something that happened; its fields are the event's data, and subclasses set `name`.
+
+    class BlockSwitched(Event):
+        name: ClassVar[str] = "BLOCK_SWITCHED"
+        device: str
+    """
+
+    name: ClassVar[str]

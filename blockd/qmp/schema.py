@@ -13,9 +13,8 @@ from typing import Any, TypeAlias
 from pydantic import TypeAdapter
 from pydantic.json_schema import JsonSchemaMode
 
-from blockd.qmp.events import Event
 from blockd.qmp.field_docs import describe_fields
-from blockd.qmp.models import Members
+from blockd.qmp.models import Event, Members
 from blockd.qmp.table import Command, CommandTable
 
 # JSON Schema is what pydantic says it is.

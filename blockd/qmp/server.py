@@ -1,6 +1,6 @@
 """The QMP server: any number of sockets, many clients each, one command table behind all of them.
 
-    async with QmpServer(table, bus, daemon) as server:
+    async with QmpServer(lambda: table, bus, daemon) as server:
         await server.listen_unix("blockd.qmp")
         ...
         await server.close()
@@ -15,20 +15,24 @@ import itertools
 import logging
 import os
 import socket
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
 from blockd.aio import task_group
 from blockd.errors import RequestError
 from blockd.qmp.connection import Connection, Streams
 from blockd.qmp.envelope import error_reply
 from blockd.qmp.events import EventBus
+from blockd.qmp.late_commands import LateCommands
 from blockd.qmp.session import Session
-from blockd.qmp.table import CommandTable
 from blockd.qmp.unix_socket import SocketFile
 from blockd.wire.qmp.writer import pack_message
+
+if TYPE_CHECKING:
+    from blockd.qmp.table import CommandTable
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +49,10 @@ Context = TypeVar("Context")
 class QmpServer(Generic[Context]):
     """Listen for clients, or connect to one, and serve them until closed."""
 
-    def __init__(self, commands: CommandTable[Context], events: EventBus, context: Context) -> None:
-        self._commands = commands
+    def __init__(
+        self, load_commands: "Callable[[], CommandTable[Context]]", events: EventBus, context: Context
+    ) -> None:
+        self.commands = LateCommands(load_commands)
         self._events = events
         self._context = context
         self._servers: list[asyncio.Server] = []
@@ -227,7 +233,7 @@ class QmpServer(Generic[Context]):
         self, streams: Streams, name: str, pretty: bool, *, negotiation_timeout_s: float | None = None
     ) -> Connection[Context]:
         connection = Connection(
-            Session(self._commands, self._context, self.is_heard.set),
+            Session(self.commands, self._context, self.is_heard.set),
             self._events,
             streams,
             name=f"{name}#{next(self._client_numbers)}",

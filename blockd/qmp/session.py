@@ -6,18 +6,16 @@ what is run when is the connection's business.
 
 import logging
 from collections.abc import Callable
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from pydantic import Field
-
-from blockd.aio import in_thread
 from blockd.errors import BlockdError, ErrorKind, RequestError
-from blockd.qmp.envelope import Request, error_reply, parse_request, success_reply, version
-from blockd.qmp.introspection import SchemaInfo, introspect
-from blockd.qmp.models import Arguments, Result
-from blockd.qmp.table import Command, CommandTable
+from blockd.qmp.envelope import Request, error_reply, parse_request, success_reply
+from blockd.qmp.late_commands import LateCommands
 from blockd.wire.qmp import Value
 from blockd.wire.qmp.reader import Message, ParseError
+
+if TYPE_CHECKING:
+    from blockd.qmp.table import Command
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +27,7 @@ class Session(Generic[Context]):
 
     def __init__(
         self,
-        commands: CommandTable[Context],
+        commands: LateCommands[Context],
         context: Context,
         on_negotiated: Callable[[], None] = lambda: None,
     ) -> None:
@@ -65,10 +63,11 @@ class Session(Generic[Context]):
     async def _run(self, request: Request) -> Value:
         if request.command == "qmp_capabilities" or not self.is_negotiated:
             self._check_negotiation(request.command)
-        if own := SESSION_COMMANDS.get(request.command):
+        commands, of_sessions = await self.commands.tables()
+        if own := of_sessions.get(request.command):
             _check_oob(request, own)
             return await own.run(self, request.arguments)
-        command = self.commands.get(request.command)
+        command = commands.get(request.command)
         if command is None:
             raise _not_found(f"The command {request.command} has not been found")
         _check_oob(request, command)
@@ -81,7 +80,7 @@ class Session(Generic[Context]):
             raise _not_found("Expecting capabilities negotiation with 'qmp_capabilities'")
 
 
-def _check_oob(request: Request, command: Command[Context]) -> None:
+def _check_oob(request: Request, command: "Command[Context]") -> None:
     if request.out_of_band and not command.allow_oob:
         raise RequestError(f"The command {request.command} does not support OOB")
 
@@ -92,60 +91,3 @@ def _not_found(message: str) -> RequestError:
 
 def _name_of(message: Value) -> Value:
     return (message.get("execute") or message.get("exec-oob")) if isinstance(message, dict) else None
-
-
-class QmpCapabilitiesArguments(Arguments):
-    """Which of the offered capabilities to enable."""
-
-    enable: list[Literal["oob"]] = Field(default_factory=list)
-
-
-class QemuVersion(Result):
-    """A version in three parts."""
-
-    micro: int
-    minor: int
-    major: int
-
-
-class VersionInfo(Result):
-    """The version of qemu-storage-daemon that is spoken, and ours."""
-
-    qemu: QemuVersion
-    package: str
-
-
-class CommandInfo(Result):
-    """The name of a command."""
-
-    name: str
-
-
-# What every server has, run on the session itself.
-SESSION_COMMANDS: CommandTable[Session[Any]] = CommandTable()
-
-
-@SESSION_COMMANDS.command("qmp_capabilities")
-async def qmp_capabilities(session: Session[Any], arguments: QmpCapabilitiesArguments) -> None:
-    """End the negotiation; from here on the session runs commands and gets events."""
-    session.negotiate(oob="oob" in arguments.enable)
-
-
-@SESSION_COMMANDS.command("query-version")
-async def query_version(session: Session[Any]) -> VersionInfo:
-    """Report whose answers these are."""
-    return VersionInfo.model_validate(version())
-
-
-@SESSION_COMMANDS.command("query-commands")
-async def query_commands(session: Session[Any]) -> list[CommandInfo]:
-    """List every command."""
-    return [
-        CommandInfo(name=command.name) for table in (session.commands, SESSION_COMMANDS) for command in table
-    ]
-
-
-@SESSION_COMMANDS.command("query-qmp-schema")
-async def query_qmp_schema(session: Session[Any]) -> list[SchemaInfo]:
-    """Describe every command and event, and the types of what they take and return."""
-    return await in_thread(introspect, session.commands, SESSION_COMMANDS)

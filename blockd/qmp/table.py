@@ -19,8 +19,7 @@ from typing import Any, Generic, TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from blockd.qmp.errors import argument_error
-from blockd.qmp.events import Event
-from blockd.qmp.models import Arguments
+from blockd.qmp.models import Arguments, Event
 from blockd.wire.qmp import Value
 
 Context = TypeVar("Context")

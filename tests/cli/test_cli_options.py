@@ -49,7 +49,7 @@ def test_order_is_kept() -> None:
         Blockdev(options={"driver": "file", "node-name": "f", "filename": "a.raw"}),
         NbdServer(addr=UnixAddress(path="n")),
         Blockdev(options={"driver": "raw", "node-name": "r", "file": "f"}),
-        Export(type="nbd", id="e", node_name="r", writable=True),
+        Export(id="e", node_name="r", writable=True),
         SocketChardev(id="c", address=UnixAddress(path="q"), server=True),
         Monitor(chardev="c", pretty=True),
     ]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from blockd.commands.table import COMMANDS
-from blockd.qmp.session import SESSION_COMMANDS
+from blockd.qmp.session_commands import SESSION_COMMANDS
 from tests.differential.differences import DIFFERENCES, DOCUMENT
 from tests.differential.framing import DIFFERENT
 from tests.qmp_client import QmpClient

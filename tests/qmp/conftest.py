@@ -16,7 +16,7 @@ def toy() -> ToyContext:
 
 @pytest.fixture
 async def server(toy: ToyContext, caplog: pytest.LogCaptureFixture) -> AsyncIterator[QmpServer[ToyContext]]:
-    async with QmpServer(TOYS, toy.bus, toy) as server:
+    async with QmpServer(lambda: TOYS, toy.bus, toy) as server:
         yield server
     assert "QMP connection failed" not in caplog.text
 

@@ -11,8 +11,10 @@ from qemu.qmp import QMPClient
 
 from blockd.commands.table import COMMANDS
 from blockd.qmp.introspection import introspect
+from blockd.qmp.late_commands import LateCommands
 from blockd.qmp.server import QmpServer
-from blockd.qmp.session import SESSION_COMMANDS, Session
+from blockd.qmp.session import Session
+from blockd.qmp.session_commands import SESSION_COMMANDS
 from blockd.qmp.table import CommandTable
 from blockd.units import KIB
 from blockd.wire.qmp.writer import pack_message
@@ -38,7 +40,7 @@ async def answer(table: CommandTable[Any]) -> Schema:
     """What a session with these commands answers."""
     command = SESSION_COMMANDS.get("query-qmp-schema")
     assert command is not None
-    entities: Any = await command.run(Session(table, None), {})
+    entities: Any = await command.run(Session(LateCommands(lambda: table), None), {})
     names = [entity["name"] for entity in entities]
     assert len(names) == len(set(names))
     return {entity["name"]: entity for entity in entities}

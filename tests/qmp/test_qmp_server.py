@@ -283,7 +283,7 @@ async def test_an_exception_in_the_context_drops_everyone(tmp_path: Path, toy: T
     path = str(tmp_path / "s")
     client: Any = None
     with pytest.raises(KeyError, match="elsewhere"):
-        async with QmpServer(TOYS, toy.bus, toy) as server:
+        async with QmpServer(lambda: TOYS, toy.bus, toy) as server:
             await server.listen_unix(path)
             client = await QmpClient.connect(path)
             raise KeyError("elsewhere")

@@ -214,7 +214,7 @@ async def test_connecting_over_tcp(server: Server) -> None:
 async def serve_stdio() -> None:
     """Run in a process of its own, below."""
     toy = ToyContext()
-    async with QmpServer(TOYS, toy.bus, toy) as server:
+    async with QmpServer(lambda: TOYS, toy.bus, toy) as server:
         await server.serve_stdio()
         while server.client_count:  # noqa: ASYNC110
             await asyncio.sleep(0.001)

@@ -25,7 +25,7 @@ SCENARIOS: list[Scenario] = [
 
 async def play(scenario: Scenario, tmp_path: Path) -> None:
     toy = ToyContext()
-    async with QmpServer(TOYS, toy.bus, toy) as server:
+    async with QmpServer(lambda: TOYS, toy.bus, toy) as server:
         qmp_path = str(tmp_path / "qmp.sock")
         await server.listen_unix(qmp_path)
         fixtures = {"qmp_path": qmp_path, "server": server, "toy": toy, "tmp_path": tmp_path}

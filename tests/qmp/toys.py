@@ -6,8 +6,8 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from blockd.errors import ErrorKind, RequestError
-from blockd.qmp.events import Event, EventBus
-from blockd.qmp.models import Arguments, Int64, Members, NonNegative, Result
+from blockd.qmp.events import EventBus
+from blockd.qmp.models import Arguments, Event, Int64, Members, NonNegative, Result
 from blockd.qmp.table import CommandTable
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.commands.events import JobEvents
+from blockd.commands.telling import EventTeller
 from blockd.daemon.state_dir import StateDir
 from blockd.devices import overlays
 from blockd.jobs.job import Job
@@ -46,10 +46,10 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Log:
     found.note(FileNode, "sync_blocking", lambda file: f"sync {os.path.basename(file.filename)}")  # noqa: PTH119
     found.note(overlays, "sync_folder", lambda _: "sync folder")
 
-    def ended(_events: JobEvents, job: Job) -> str:
+    def ended(_events: EventTeller, job: Job) -> str:
         return f"{job.id} ended"
 
-    found.note(JobEvents, "ended", ended)
+    found.note(EventTeller, "ended", ended)
     return found
 
 
