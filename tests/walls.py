@@ -32,7 +32,7 @@ FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # Who may import what is slow to load or ties the code to one library.
 LIBRARIES: dict[str, set[str]] = {
-    "pydantic": {"qmp", "commands", "web", "config", "daemon", "cli"},
+    "pydantic": {"qmp", "commands", "web", "daemon"},
     "aiohttp": {"web", "protocols"},
     "prometheus_client": {"web"},
     "uvloop": {"cli"},

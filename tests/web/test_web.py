@@ -5,7 +5,6 @@ import json
 import os
 import socket
 import stat
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple
@@ -261,23 +260,6 @@ async def test_loopback_only(tmp_path: Path) -> None:
             await server.listen_tcp("127.0.0.1", port)
     with pytest.raises(ConnectionRefusedError):
         await ask(port, "/healthz")
-
-
-async def test_without_the_option_nothing_of_it_is_loaded(tmp_path: Path) -> None:
-    """aiohttp costs more memory and time than all else that a start needs."""
-    program = (
-        "import sys; from blockd.cli.daemon import _start\n"
-        "import blockd.cli.daemon as d, blockd.daemon\n"
-        "when = d._announce\n"
-        "def tell(config):\n"
-        "    print(sorted({'aiohttp', 'prometheus_client', 'blockd.web'} & set(sys.modules)))\n"
-        "    import os, signal; os.kill(os.getpid(), signal.SIGTERM)\n"
-        "d._announce = tell\n"
-        "_start(sys.argv[1:])"
-    )
-    assert await run(sys.executable, "-c", program, "--qmp", tmp_path / "q") == "[]\n"
-    said = await run(sys.executable, "-c", program, "--qmp", tmp_path / "q", "--http", tmp_path / "h")
-    assert said == "['aiohttp', 'blockd.web', 'prometheus_client']\n"
 
 
 async def test_a_client_on_tcp_of_a_whole_daemon(start_daemon: StartDaemon) -> None:

@@ -8,8 +8,6 @@ Source: qcow2 specification, "Compressed Clusters Descriptor".
 
 import zlib
 
-import zstandard
-
 from blockd.block.node import BlockingSource, ProtocolNode
 from blockd.errors import ImageError
 from blockd.formats.qcow2.header import COMPRESSION_ZSTD, Header
@@ -39,7 +37,7 @@ class CompressedCluster(BlockingSource):
     def _decompressed(self, stored: bytearray) -> bytes:
         try:
             content = self._decompress(stored, self._cluster_size)
-        except (zlib.error, zstandard.ZstdError) as error:
+        except ValueError as error:
             raise self._corrupt(str(error)) from error
         if len(content) != self._cluster_size:
             raise self._corrupt(f"only {len(content)} bytes")
@@ -52,11 +50,23 @@ class CompressedCluster(BlockingSource):
 
 
 def _inflate(stored: bytearray, length_max: int) -> bytes:
-    return zlib.decompressobj(_DEFLATE_WINDOW_BITS).decompress(stored, length_max)
+    """Decompress a raw deflate stream; ValueError: it is damaged."""
+    try:
+        return zlib.decompressobj(_DEFLATE_WINDOW_BITS).decompress(stored, length_max)
+    except zlib.error as error:
+        raise ValueError(str(error)) from error
 
 
 def _unzstd(stored: bytearray, length_max: int) -> bytes:
-    """Decompress one frame or several; what follows the cluster in its last sector is not looked at."""
+    """Decompress one frame or several; ValueError: they are damaged.
+
+    What follows the cluster in its last sector is not looked at.
+    """
+    import zstandard  # noqa: PLC0415  (slow to load, and few images need it)
+
     decompressor = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW_SIZE_MAX)
-    with decompressor.stream_reader(stored, read_across_frames=True) as reader:
-        return reader.read(length_max)
+    try:
+        with decompressor.stream_reader(stored, read_across_frames=True) as reader:
+            return reader.read(length_max)
+    except zstandard.ZstdError as error:
+        raise ValueError(str(error)) from error
