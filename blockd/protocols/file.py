@@ -2,7 +2,7 @@
 
 Reads take the fast path when the pages are in the page cache (`RWF_NOWAIT`). Buffered writes have no
 such flag on ext4, so the fast path for writes is guarded: it is taken only while no sync is under way
-on the file and as long as the last writes returned quickly; one slow write closes it for a while.
+on the file and as long as writes do not wait for the disk (stalls.py).
 Copies that nobody is expected to read soon go past the page cache (cold.py).
 """
 
@@ -26,6 +26,7 @@ from blockd.extents import Extent, Kind
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
 from blockd.protocols.read_buffers import ReadBuffers
+from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
 from blockd.units import MIB
 
 log = logging.getLogger(__name__)
@@ -43,11 +44,6 @@ _NOT_FOR_THIS_FILE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV
 _SYNC_FILE_RANGE_WRITE = 2
 _BLKGETSIZE64 = 0x80081272
 
-# A buffered write is a memory copy; one that takes longer than this has probably waited for the disk.
-SLOW_WRITE_S = 0.010
-# Writes then stay off the fast path this many times as long: the loop waits at most a twentieth of the
-# time, and a write that was merely preempted costs little.
-SLOW_WRITE_PAUSE_FACTOR = 20
 # More than this at once would itself hold up the loop.
 NOWAIT_LENGTH_MAX = 1 * MIB
 # Extents told at once.
@@ -70,7 +66,7 @@ class FileNode(ProtocolNode):
         self._claim = NO_CLAIM
         self._cold = ColdWriter()
         self._sync_count = 0
-        self._write_slowly_until = 0.0
+        self._stalls = Stalls()
 
     @classmethod
     async def open(
@@ -220,7 +216,7 @@ class FileNode(ProtocolNode):
         if self.read_only or self._sync_count or self.failed or len(data) > NOWAIT_LENGTH_MAX:
             return False
         started = time.monotonic()
-        if started < self._write_slowly_until:
+        if started < self._stalls.watched_until and not self._stalls.may_write(started):
             return False
         is_growing = offset + len(data) > self.size
         if is_growing and not self._end.begin_nowait():
@@ -236,7 +232,7 @@ class FileNode(ProtocolNode):
                 self._end.finish(offset, count)
         finished = time.monotonic()
         if finished - started > SLOW_WRITE_S:
-            self._write_slowly_until = finished + SLOW_WRITE_PAUSE_FACTOR * (finished - started)
+            self._stalls.note_slow_write(started, finished)
         return count == len(data)
 
     async def write(self, offset: int, data: Buffer) -> None:
