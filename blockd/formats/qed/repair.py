@@ -53,8 +53,8 @@ async def recover(file: ProtocolNode) -> list[Run]:
         # Of very many only the first are described, and those may be just the ones that were repaired.
         first = f", the first: {report.findings[0]}" if report.findings else ""
         raise ImageError(
-            f"'{file.filename}' was not closed cleanly and has {report.corruptions} errors in its tables that "
-            f"cannot be repaired{first}; it can be opened read-only"
+            f"'{file.filename}' was not closed cleanly and has {report.corruptions} errors in its tables "
+            f"that cannot be repaired{first}; it can be opened read-only"
         )
     return [Run(offset, count) for offset, count in found.leaks[:_LEAK_COUNT_MAX]]
 
