@@ -6,18 +6,21 @@ it fast, and each can be missing, on a filesystem or in a container that does no
     O_DIRECT     no copy into the page cache, and no write-back to wait for at the end
     room         space reserved behind the file's end: a filesystem lets writes into it go on side by
                  side, but one at a time when each makes the file longer
-    pages        the pages of another file's cache are handed to the disk as they are, through a pipe,
-                 so that no byte of them is touched by the processor
+    pages        the pages of another file's cache are mapped and handed to the disk as they are, so
+                 that no byte of them is touched by the processor
 
-What cannot be done here, or fails, the caller writes the usual way, which reports what is wrong.
+Guests that write to the same file meanwhile do not wait for the disk (native_aio.py). What cannot be done
+here, or fails, the caller writes the usual way, which reports what is wrong.
 """
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import threading
+from collections.abc import Iterator
 
+from blockd.protocols import native_aio
+from blockd.protocols.mapped_pages import mapped_pages
 from blockd.units import GIB, MIB
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -25,12 +28,13 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 
 # What O_DIRECT asks of memory, offsets and lengths on every filesystem and device that has it.
 DIRECT_ALIGNMENT = 4096
-# How much is reserved at a time. What is not used is given back.
+# How much is reserved at first, and at most: each time it is twice as much. What is not used is given back.
 ROOM_LENGTH = 64 * MIB
-# With less free space than this none is reserved: others may need it.
+ROOM_LENGTH_MAX = 1 * GIB
+# The most of the free space that is reserved at once; others may need it.
+FREE_SHARE_MAX = 16
+# With less free space than this none is reserved.
 FREE_LENGTH_MIN = 1 * GIB
-# What goes through a pipe at once: as much as anybody may put into one (/proc/sys/fs/pipe-max-size).
-PIPE_LENGTH = 1 * MIB
 
 _NOT_OPENED, _NO_DIRECT = -1, -2
 
@@ -46,11 +50,13 @@ class FileEnd:
         # Behind the furthest write that is over; the file itself may be longer by the room.
         self.size = size
         self._room_end = 0
+        self._room_length = ROOM_LENGTH
         self._has_no_room = False
         self._is_used = False
         self._growing_count = 0
         self._lock = threading.Lock()
-        self._room_lock = threading.Lock()
+        self._direct_count = 0
+        self._room_lock = threading.Condition(threading.Lock())
 
     def begin(self) -> None:
         """Begin a write that may reach behind `size`, to be told to `finish`; meanwhile the room stays."""
@@ -80,20 +86,41 @@ class FileEnd:
         with self._lock:
             self.size = size
             self._room_end = 0
+            self._room_length = ROOM_LENGTH
 
-    def reserve(self, fd: int, end: int) -> None:
-        """See that there is room up to `end` and for some of what follows, if there can be.
+    @contextlib.contextmanager
+    def room(self, fd: int, end: int) -> Iterator[None]:
+        """Have room up to `end`, and for some of what follows, if there can be, for a direct write inside.
+
+        Reserving has to wait for all direct writes to the file. Waiting for them here keeps guests out of
+        nothing; in the kernel it would keep them from writing.
 
         Needs:    between `begin` and `finish`.
         """
         with self._room_lock:
             self._is_used = True
-            start, room_end = max(self.size, self._room_end), end + ROOM_LENGTH
-            if end <= start or self._has_no_room:
-                return
-            if _free_length(fd) < FREE_LENGTH_MIN or _libc.fallocate(fd, 0, start, room_end - start):
-                self._has_no_room = True  # there is no such call here, or the disk is nearly full
-            self._room_end = room_end  # also then: a part of it may have been reserved
+            while self._direct_count and self._lacks_room(end):
+                self._room_lock.wait()
+            if self._lacks_room(end):
+                self._reserve_locked(fd, end)
+            self._direct_count += 1
+        try:
+            yield
+        finally:
+            with self._room_lock:
+                self._direct_count -= 1
+                self._room_lock.notify_all()
+
+    def _lacks_room(self, end: int) -> bool:
+        return end > max(self.size, self._room_end) and not self._has_no_room
+
+    def _reserve_locked(self, fd: int, end: int) -> None:
+        start, free = max(self.size, self._room_end), _free_length(fd)
+        room_end = end + max(ROOM_LENGTH, min(self._room_length, free // FREE_SHARE_MAX))
+        if free < FREE_LENGTH_MIN or _libc.fallocate(fd, 0, start, room_end - start):
+            self._has_no_room = True  # there is no such call here, or the disk is nearly full
+        self._room_end = room_end  # also then: a part of it may have been reserved
+        self._room_length = min(2 * self._room_length, ROOM_LENGTH_MAX)
 
     def give_back(self, fd: int, *, unless_used: bool = False) -> None:
         """Cut unused room off; `unless_used`: not if it was used since this was last asked for."""
@@ -105,6 +132,7 @@ class FileEnd:
                 if os.fstat(fd).st_size > self.size:  # not if somebody cut it: that must not be filled up
                     os.ftruncate(fd, self.size)
             self._room_end = 0
+            self._room_length = ROOM_LENGTH
             self._has_no_room = False
 
 
@@ -122,7 +150,6 @@ class ColdWriter:
     def __init__(self) -> None:
         self._direct_fd = _NOT_OPENED
         self._can_pass_pages = True
-        self._pipes: list[tuple[int, int]] = []
         self._lock = threading.Lock()
 
     def can_write(self, fd: int, *bounds: int) -> bool:
@@ -140,10 +167,11 @@ class ColdWriter:
 
         Needs:    `can_write`, and memory that is a multiple of `DIRECT_ALIGNMENT`, or it is 0.
         """
-        try:
-            return os.pwrite(self._direct_fd, data, offset)
-        except OSError:
-            return 0
+        view = memoryview(data)
+        if not view or view.readonly:
+            return 0  # there is no address to be had
+        memory = ctypes.c_char.from_buffer(view)
+        return native_aio.write_blocking(self._direct_fd, offset, ctypes.addressof(memory), len(view))
 
     @property
     def can_pass_pages(self) -> bool:
@@ -155,47 +183,18 @@ class ColdWriter:
 
         Needs:    `can_write`.
         """
-        try:
-            pipe = self._pipes.pop() if self._pipes else _open_pipe()
-        except OSError:
+        written = 0
+        with contextlib.suppress(OSError), mapped_pages(source_fd, source_offset, length) as address:
+            written = native_aio.write_blocking(self._direct_fd, offset, address, length)
+        if not written:
             self._can_pass_pages = False
-            return 0
-        position = 0
-        while position < length:
-            count = min(PIPE_LENGTH, length - position)
-            if not self._pass_through(pipe, offset + position, source_fd, source_offset + position, count):
-                self._can_pass_pages = position > 0 and self._can_pass_pages
-                _close_pipe(pipe)  # something may be left in it
-                return position
-            position += count
-        self._pipes.append(pipe)
-        return position
-
-    def _pass_through(
-        self, pipe: tuple[int, int], offset: int, source_fd: int, source_offset: int, length: int
-    ) -> bool:
-        """Pass what fits into the pipe on at once, so that the disk gets large writes."""
-        read_fd, write_fd = pipe
-        filled = written = 0
-        try:
-            while filled < length:
-                count = os.splice(source_fd, write_fd, length - filled, offset_src=source_offset + filled)
-                if not count:
-                    return False  # the file was cut short
-                filled += count
-            while written < length:
-                written += os.splice(read_fd, self._direct_fd, length - written, offset_dst=offset + written)
-        except OSError:
-            return False
-        return True
+        return written
 
     def close_blocking(self) -> None:
         """Let go of everything; a later write opens it again.
 
         Needs:    no write is under way.
         """
-        while self._pipes:
-            _close_pipe(self._pipes.pop())
         if self._direct_fd >= 0:
             os.close(self._direct_fd)
         self._direct_fd = _NOT_OPENED
@@ -206,22 +205,3 @@ def _open_direct(fd: int) -> int:
         return os.open(f"/proc/self/fd/{fd}", os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
     except OSError:
         return _NO_DIRECT
-
-
-def _open_pipe() -> tuple[int, int]:
-    """Open a pipe that takes `PIPE_LENGTH` bytes.
-
-    Raises:   OSError: there is no such pipe for us.
-    """
-    pipe = os.pipe2(os.O_CLOEXEC)
-    try:
-        fcntl.fcntl(pipe[1], fcntl.F_SETPIPE_SZ, PIPE_LENGTH)
-    except OSError:
-        _close_pipe(pipe)
-        raise
-    return pipe
-
-
-def _close_pipe(pipe: tuple[int, int]) -> None:
-    for fd in pipe:
-        os.close(fd)

@@ -15,6 +15,7 @@ import os
 import stat
 import sys
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
 
@@ -264,8 +265,8 @@ class FileNode(ProtocolNode):
         self._end.begin()
         try:
             if self._cold.can_write(self._fd, offset, len(data)):
-                self._reserve(offset + len(data))
-                written = self._cold.write(offset, data)
+                with self._room(offset + len(data)):
+                    written = self._cold.write(offset, data)
         finally:
             self._end.finish(offset, written)
         if written < len(data):
@@ -286,15 +287,14 @@ class FileNode(ProtocolNode):
         written = 0
         self._end.begin()
         try:
-            self._reserve(offset + length)
-            written = self._cold.pass_pages(offset, source._fd, source_offset, length)
+            with self._room(offset + length):
+                written = self._cold.pass_pages(offset, source._fd, source_offset, length)
         finally:
             self._end.finish(offset, written)
         return written
 
-    def _reserve(self, end: int) -> None:
-        if self.is_longer_allowed:
-            self._end.reserve(self._fd, end)
+    def _room(self, end: int) -> AbstractContextManager[None]:
+        return self._end.room(self._fd, end) if self.is_longer_allowed else contextlib.nullcontext()
 
     def start_writeback_blocking(self, offset: int, length: int) -> None:
         _libc.sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)

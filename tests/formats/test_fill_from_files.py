@@ -1,6 +1,8 @@
 """Copies that go from file to file, into room behind the end: the same bytes, whatever of it is missing."""
 
+import errno
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,32 +12,24 @@ from blockd.block.node import FillCounts
 from blockd.errors import StorageError
 from blockd.extents import Kind
 from blockd.formats.qcow2.image import Qcow2Image
-from blockd.protocols import cold
+from blockd.protocols import cold, native_aio
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import chains, qemu_img
 from tests.chains import Chain, read_all
 
 CLUSTER_SIZE = 64 * KIB
-# More than one pipe holds, zeroes at both ends and alone, and one piece that is already there.
+# Several stretches of data, zeroes at both ends and alone, and one piece that is already there.
 BASE = "0ABCDEFGHIJKLMNOPQRSTUVWX0YZABCDE00"
 OVERLAY = "-" * 10 + "!" + "-" * 24
 FILLED_COUNT = len(BASE) - 1
 ZERO_COUNT = BASE.count("0")
 
 
-def refuse(*_: object, **__: object) -> int:
-    raise OSError(22, "not here")
-
-
-def failing_from(number: int) -> Callable[..., int]:
-    """A splice that works until it is called for the `number`th time."""
-    real, left = os.splice, iter(range(number))
-
-    def splice(*arguments: int, **offsets: int) -> int:
-        return refuse() if next(left, None) is None else real(*arguments, **offsets)
-
-    return splice
+def failing_from(number: int, real: Callable[..., int]) -> Callable[..., int]:
+    """A write that works until it is called for the `number`th time, and from then on writes nothing."""
+    left = iter(range(number))
+    return lambda *arguments: 0 if next(left, None) is None else real(*arguments)
 
 
 async def make_chain(folder: Path, base_format: str = "raw") -> Chain:
@@ -79,13 +73,48 @@ async def test_cluster_that_only_begins_with_zeroes_is_copied(tmp_path: Path) ->
         assert await read_all(image, CLUSTER_SIZE) == expected
 
 
-@pytest.mark.parametrize("number", range(6))
-async def test_fill_where_splice_stops_working(
+@pytest.mark.parametrize("number", range(4))
+async def test_fill_where_pages_stop_being_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     chain = await make_chain(tmp_path)
-    monkeypatch.setattr(os, "splice", failing_from(number))
+    monkeypatch.setattr(native_aio, "write_blocking", failing_from(number, native_aio.write_blocking))
     await assert_filled(chain)
+
+
+async def test_fill_where_only_a_part_of_the_pages_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Less than a cluster, so that the rest of that is written too."""
+    chain, real = await make_chain(tmp_path), native_aio.write_blocking
+
+    def write_most(fd: int, offset: int, address: int, length: int) -> int:
+        return real(fd, offset, address, length - 4096)
+
+    monkeypatch.setattr(native_aio, "write_blocking", write_most)
+    await assert_filled(chain)
+
+
+async def test_fill_where_pages_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = await make_chain(tmp_path)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENODEV, "not on this filesystem")
+
+    monkeypatch.setattr(cold, "mapped_pages", refuse)
+    await assert_filled(chain)
+
+
+@pytest.mark.parametrize("missing", ["_new_context", "_submit"])
+async def test_fill_where_the_kernel_takes_no_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    chain = await make_chain(tmp_path)
+    waited: list[int] = []
+    monkeypatch.setattr(native_aio, missing, lambda *_: 0)
+    monkeypatch.setattr(native_aio, "_result", waited.append)
+    await assert_filled(chain)
+    assert not waited
 
 
 async def test_fill_where_files_have_no_direct_io(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,8 +126,7 @@ async def test_fill_where_files_have_no_direct_io(tmp_path: Path, monkeypatch: p
 async def test_fill_where_direct_writes_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device that wants larger blocks than are written."""
     chain = await make_chain(tmp_path)
-    monkeypatch.setattr(os, "splice", refuse)
-    monkeypatch.setattr(cold.ColdWriter, "write", lambda *_: 0)
+    monkeypatch.setattr(native_aio, "write_blocking", lambda *_: 0)
     await assert_filled(chain)
 
 
@@ -173,13 +201,68 @@ def test_room_stays_while_somebody_writes_behind_the_end(
         end = cold.FileEnd(0)
         end.begin()
         end.begin()
-        end.reserve(opened.fileno(), 4096)
+        with end.room(opened.fileno(), 4096):
+            pass
         end.finish(0, 4096)
         end.give_back(opened.fileno())
         assert os.fstat(opened.fileno()).st_size == 4096 + cold.ROOM_LENGTH
         end.finish(4096, 0)
         end.give_back(opened.fileno())
         assert os.fstat(opened.fileno()).st_size == end.size == 4096
+
+
+def test_room_is_reserved_while_nothing_is_written_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel would wait for what is written, and keep everybody from writing meanwhile."""
+    direct_counts: list[int] = []
+    waits_or_is_done = threading.Event()
+
+    class NotedCall:
+        @staticmethod
+        def fallocate(*_: int) -> int:
+            direct_counts.append(end._direct_count)
+            return 0
+
+    monkeypatch.setattr(cold, "_libc", NotedCall)
+    monkeypatch.setattr(cold, "_free_length", lambda fd: cold.FREE_LENGTH_MIN)
+    end = cold.FileEnd(0)
+    real_wait = end._room_lock.wait
+
+    def wait() -> None:
+        waits_or_is_done.set()
+        real_wait()
+
+    def write_behind_the_room() -> None:
+        with end.room(0, 4096 + cold.ROOM_LENGTH + 4096):
+            waits_or_is_done.set()
+
+    monkeypatch.setattr(end._room_lock, "wait", wait)
+    other = threading.Thread(target=write_behind_the_room)
+    with end.room(0, 4096), end.room(0, 4096 + cold.ROOM_LENGTH):  # for both there is room at once
+        other.start()
+        waits_or_is_done.wait()
+    other.join()
+    assert direct_counts == [0, 0]
+
+
+def test_room_grows_with_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    class NotedCall:
+        @staticmethod
+        def fallocate(_fd: int, _mode: int, _start: int, length: int) -> int:
+            lengths.append(length)
+            return 0
+
+    monkeypatch.setattr(cold, "_libc", NotedCall)
+    free = 4 * cold.ROOM_LENGTH * cold.FREE_SHARE_MAX
+    monkeypatch.setattr(cold, "_free_length", lambda fd: free)
+    end = cold.FileEnd(0)
+    for _ in range(5):
+        with end.room(0, end._room_end + 1):
+            pass
+    assert lengths == [1 + factor * cold.ROOM_LENGTH for factor in (1, 2, 4, 4, 4)]
 
 
 def test_nothing_is_reserved_on_a_disk_that_is_nearly_full(
@@ -189,8 +272,8 @@ def test_nothing_is_reserved_on_a_disk_that_is_nearly_full(
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
-        end.reserve(opened.fileno(), 4096)
-        assert os.fstat(opened.fileno()).st_size == 0
+        with end.room(opened.fileno(), 4096):
+            assert os.fstat(opened.fileno()).st_size == 0
 
 
 def test_loop_does_not_wait_while_room_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -199,7 +282,8 @@ def test_loop_does_not_wait_while_room_is_cut_off(tmp_path: Path, monkeypatch: p
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
-        end.reserve(opened.fileno(), 4096)
+        with end.room(opened.fileno(), 4096):
+            pass
         end.finish(0, 4096)
         monkeypatch.setattr(os, "ftruncate", lambda *_: found.append(end.begin_nowait()))
         end.give_back(opened.fileno())
