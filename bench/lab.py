@@ -16,11 +16,13 @@ from blockd.units import GIB, MIB, TIB
 
 # Data for most rows; more than any cache of a daemon, less than the page cache.
 DATA_SIZE = 512 * MIB
+# Data for what has to last: the same twice.
+LARGE_SIZE = 2 * DATA_SIZE
 SPARSE_SIZE = 1 * TIB
 SPARSE_DATA_SIZE = 16 * MIB
 
 REQUIRED_PROGRAMS = {"qemu-img": "qemu-utils", "fio": "fio"}
-FREE_SPACE_NEEDED = 4 * GIB
+FREE_SPACE_NEEDED = 6 * GIB
 
 
 class Lab:
@@ -63,6 +65,17 @@ class Lab:
                 file.write(generator.randbytes(MIB))
         qemu_img("convert", "-O", "qcow2", sparse, self.sparse_base.path)
         sparse.unlink()
+
+    @property
+    def large_base(self) -> Image:
+        """A raw base of `LARGE_SIZE`, made when first asked for."""
+        image = Image(self.folder / "large.raw", "raw")
+        if not image.path.exists():
+            with image.path.open("wb") as target:
+                for _ in range(LARGE_SIZE // DATA_SIZE):
+                    with self.raw_base.path.open("rb") as source:
+                        shutil.copyfileobj(source, target, MIB)
+        return image
 
     def overlay(self, base: Image) -> Image:
         """Make a fresh, empty overlay of `base`."""
