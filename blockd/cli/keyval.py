@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 
 from blockd.errors import RequestError
-from blockd.wire.qmp.reader import JsonReader, ParseError
+from blockd.wire.qmp import ParseError
 
 # As QEMU: fragments fit a buffer of 128 bytes. The nesting is ours: nothing that exists goes deeper.
 FRAGMENT_LENGTH_MAX = 127
@@ -33,6 +33,8 @@ def parse_members(text: str, implied_key: str | None = None) -> tuple[Members, b
 
 def parse_json(text: str) -> Members:
     """Parse a JSON object."""
+    from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415  (most command lines have none)
+
     messages = JsonReader().feed(text.encode("utf-8", "surrogateescape") + b"\n")
     if not messages:
         raise RequestError("JSON parse error, premature EOI")

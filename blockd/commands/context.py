@@ -1,7 +1,7 @@
 """What commands work on."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blockd.devices.device import Devices
 from blockd.devices.exports import Exports
@@ -12,8 +12,7 @@ from blockd.objects import Objects
 from blockd.qmp.events import EventBus
 
 
-@dataclass(frozen=True)
-class Services:
+class Services(NamedTuple):
     """The parts of the daemon that commands steer."""
 
     graph: NodeGraph

@@ -44,13 +44,11 @@ from blockd.formats.qcow2.check import check as check_qcow2
 from blockd.formats.qcow2.create import create as create_qcow2
 from blockd.formats.qcow2.header import COMPRESSION_TYPES
 from blockd.formats.qcow2.image import Qcow2Image
-from blockd.formats.qcow2.info import info_blocking
 from blockd.formats.qcow2.repair import repair as repair_qcow2
 from blockd.formats.qed import header as qed_header
 from blockd.formats.qed.check import check as check_qed
 from blockd.formats.qed.create import create as create_qed
 from blockd.formats.qed.image import QedImage
-from blockd.formats.qed.info import image_info as qed_image_info
 from blockd.formats.qed.repair import repair as repair_qed
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
@@ -219,13 +217,17 @@ async def _qed_image(file: ProtocolNode, node_name: str, read_only: bool) -> Ove
 
 
 def _qcow2_info(image: BlockNode) -> Mapping[str, object]:
+    from blockd.formats.qcow2.info import info_blocking  # noqa: PLC0415  (no daemon starts with it)
+
     assert isinstance(image, Qcow2Image)
     return info_blocking(image.file, image.metadata.header).image_info()
 
 
 def _qed_info(image: BlockNode) -> Mapping[str, object]:
+    from blockd.formats.qed.info import image_info  # noqa: PLC0415
+
     assert isinstance(image, QedImage)
-    return qed_image_info(image.metadata.header)
+    return image_info(image.metadata.header)
 
 
 _QCOW2_CREATE: Fields = {

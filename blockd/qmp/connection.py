@@ -19,8 +19,7 @@ from blockd.qmp.envelope import greeting, is_out_of_band
 from blockd.qmp.events import EventBus
 from blockd.qmp.session import Session
 from blockd.units import KIB, MIB
-from blockd.wire.qmp import Value
-from blockd.wire.qmp.reader import JsonReader, Message
+from blockd.wire.qmp import Message, Value
 from blockd.wire.qmp.writer import PIECE_LENGTH, pack_message, pack_pieces
 
 logger = logging.getLogger(__name__)
@@ -119,6 +118,9 @@ class Connection(Generic[Context]):
             await self._requests.put(_END)
 
     async def _read(self, out_of_band: asyncio.TaskGroup) -> None:
+        # Its grammar is compiled when there is somebody to listen to, and that one is greeted already.
+        from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415
+
         stream, length = JsonReader(), 0
         while data := await self._reader.read(READ_LENGTH):
             length += len(data)

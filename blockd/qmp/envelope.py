@@ -1,12 +1,11 @@
 """What goes around commands: the shape of requests, replies and the greeting, with QEMU's error texts."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blockd import __version__
 from blockd.errors import BlockdError, RequestError
 from blockd.qmp.errors import error_object
-from blockd.wire.qmp import Value
-from blockd.wire.qmp.reader import Message
+from blockd.wire.qmp import Message, Value
 
 # The version of qemu-storage-daemon whose answers ours are: clients branch on it.
 QEMU_VERSION = (7, 2, 0)
@@ -15,8 +14,7 @@ PACKAGE = f"blockd {__version__}"
 ARGUMENT_VALUES_MAX = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
+class Request(NamedTuple):
     """A well-formed request."""
 
     command: str

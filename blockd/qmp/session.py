@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.qmp.envelope import Request, error_reply, parse_request, success_reply
 from blockd.qmp.late_commands import LateCommands
-from blockd.wire.qmp import Value
-from blockd.wire.qmp.reader import Message, ParseError
+from blockd.wire.qmp import Message, ParseError, Value
 
 if TYPE_CHECKING:
     from blockd.qmp.table import Command

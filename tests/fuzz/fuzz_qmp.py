@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from random import Random
 
 from blockd.units import MIB
-from blockd.wire.qmp import lexer
-from blockd.wire.qmp.reader import JsonReader, Message, ParseError
+from blockd.wire.qmp import Message, ParseError, lexer
+from blockd.wire.qmp.reader import JsonReader
 from tests.fuzz.memory import peak_memory
 from tests.fuzz.qmp_streams import broken_stream, noise, valid_stream
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockd.wire.qmp import LongText, Value, lexer, reader, text
+from blockd.wire.qmp import LongText, ParseError, Value, lexer, reader, text
 from blockd.wire.qmp.lexer import PART_LENGTH, STRAY_LENGTH_MAX
 from blockd.wire.qmp.reader import (
     MESSAGE_LENGTH_MAX,
@@ -17,7 +17,6 @@ from blockd.wire.qmp.reader import (
     NUMBER_LENGTH_MAX,
     TOKEN_COUNT_MAX,
     JsonReader,
-    ParseError,
 )
 from blockd.wire.qmp.writer import pack_message
 

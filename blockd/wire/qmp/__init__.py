@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from blockd.errors import PeerError
+
 
 @dataclass(frozen=True, slots=True)
 class LongText:
@@ -15,3 +17,10 @@ class LongText:
 
 
 Value: TypeAlias = "dict[str, Value] | list[Value] | str | LongText | int | float | bool | None"
+
+
+class ParseError(PeerError):
+    """A message that is no JSON; the stream goes on after it."""
+
+
+Message: TypeAlias = "Value | ParseError"

@@ -6,11 +6,8 @@ and what is left of it is skipped. The value is built while its tokens arrive, s
 large, is work for one moment.
 """
 
-from typing import TypeAlias
-
-from blockd.errors import PeerError
 from blockd.units import MIB
-from blockd.wire.qmp import Value
+from blockd.wire.qmp import Message, ParseError
 from blockd.wire.qmp.builder import Builder
 from blockd.wire.qmp.lexer import STRAY_LENGTH_MAX, Kind, Lexer
 from blockd.wire.qmp.text import decode_lossy
@@ -20,13 +17,6 @@ TOKEN_COUNT_MAX = 2 << 20
 NESTING_MAX = 1024
 # A longer one could not be converted in a moment.
 NUMBER_LENGTH_MAX = MIB
-
-
-class ParseError(PeerError):
-    """A message that is no JSON; the stream goes on after it."""
-
-
-Message: TypeAlias = "Value | ParseError"
 
 
 class JsonReader:
