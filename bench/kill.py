@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from bench.lab import Lab
-from bench.peers import Peer, installed_peers, running
+from bench.peers import Peer, Work, installed_peers, running
 
 FOLDER = Path(__file__).parent
 DELAY_MAX_S = 0.05
@@ -46,6 +46,8 @@ def main() -> int:
     generator = random.Random(1)
     with Lab.prepared(FOLDER) as lab:
         for peer in installed_peers():
+            if Work.QMP not in peer.does:
+                continue
             survived = sum(_survives(lab, peer, generator.uniform(0, DELAY_MAX_S)) for _ in range(runs))
             print(f"{peer.name}: {survived} of {runs} images whole after the kill")
     return 0

@@ -2,6 +2,7 @@
 
 import json
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ class Qmp:
         self._socket.connect(str(path))
         self._lines = self._socket.makefile("rb")
         self.greeting = self._receive()
+        self.greeted = time.perf_counter()
         self._events: list[dict[str, Json]] = []
         self.command("qmp_capabilities")
 

@@ -6,16 +6,21 @@ import platform
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 
 from rich import box
 from rich.table import Table
 
-from bench.peers import BLOCKD, QSD, Peer
+from bench.peers import BLOCKD, NBDKIT, QEMU_NBD, QSD, Peer
 from bench.rows import Figure, Row, Sample
 
 YARDSTICK = "copy loop"
+
+# Whom blockd is compared with in one table.
+DAEMONS = (QSD.name, YARDSTICK)
+NBD_SERVERS = (QEMU_NBD.name, NBDKIT.name)
 
 
 class Report:
@@ -31,28 +36,26 @@ class Report:
         for figure in row.figures:
             self._samples[row.name, figure.name, who].append(sample[figure.name])
 
-    def table(self) -> Table:
-        """Medians, their spread, and how blockd compares, as Markdown; above 1 × blockd is ahead."""
+    def table(self, others: Sequence[str]) -> Table:
+        """Medians, their spread, and how blockd compares with others, as Markdown; above 1 × it is ahead.
+
+        Rows that none of the others has are left out.
+        """
         table = Table(box=box.MARKDOWN)
-        for heading in ("work", "figure", BLOCKD.name, QSD.name, "ahead by", YARDSTICK, "of that"):
-            is_text = heading in ("work", "figure")
-            table.add_column(heading, justify="left" if is_text else "right", no_wrap=True)
+        for heading in ("work", "figure"):
+            table.add_column(heading, no_wrap=True)
+        for heading in (BLOCKD.name, *(cell for other in others for cell in (other, "ahead by"))):
+            table.add_column(heading, justify="right", no_wrap=True)
         for row in self._rows:
             for figure in row.figures:
-                table.add_row(row.name, f"{figure.name}, {figure.unit}", *self._cells(row, figure))
+                samples = [self._samples.get((row.name, figure.name, who), []) for who in others]
+                if any(samples):
+                    own = self._samples.get((row.name, figure.name, BLOCKD.name), [])
+                    cells = [
+                        cell for other in samples for cell in (_spread(other), _ratio(own, other, figure))
+                    ]
+                    table.add_row(row.name, f"{figure.name}, {figure.unit}", _spread(own), *cells)
         return table
-
-    def _cells(self, row: Row, figure: Figure) -> list[str]:
-        own, peer, yardstick = (
-            self._samples.get((row.name, figure.name, who), []) for who in (BLOCKD.name, QSD.name, YARDSTICK)
-        )
-        return [
-            _spread(own),
-            _spread(peer),
-            _ratio(own, peer, figure),
-            _spread(yardstick),
-            _ratio(own, yardstick, figure),
-        ]
 
     def save(self, folder: Path, peers: list[Peer]) -> Path:
         """Write everything to a new JSON file and return its path."""
@@ -91,7 +94,7 @@ def _machine(peers: list[Peer]) -> dict[str, object]:
         "python": platform.python_version(),
         "cpu_count": os.cpu_count(),
         "commit": _first_line("git", "rev-parse", "--short", "HEAD"),
-        "versions": {peer.name: _first_line(*peer.command, "--version") for peer in peers},
+        "versions": {peer.name: _first_line(*peer.program, "--version") for peer in peers},
     }
 
 

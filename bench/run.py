@@ -1,4 +1,4 @@
-"""Measure blockd and qemu-storage-daemon in turn: `python -m bench.run --help`."""
+"""Measure blockd and other servers in turn: `python -m bench.run --help`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from rich.console import Console
 
 from bench.lab import Lab
 from bench.peers import Peer, installed_peers
-from bench.report import YARDSTICK, Report
+from bench.report import DAEMONS, NBD_SERVERS, YARDSTICK, Report
 from bench.rows import Row, guest_beside, guest_io, process, streams
 
 FOLDER = Path(__file__).parent
@@ -23,10 +23,10 @@ progress = Console(stderr=True)
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench BENCH=…", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="samples for each row and daemon (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="samples for each row and program (default 3)")
     parser.add_argument("--only", default="", metavar="TEXT", help="just the rows whose name contains TEXT")
     parser.add_argument(
-        "--peer", default="", metavar="TEXT", help="just the daemons whose name contains TEXT"
+        "--peer", default="", metavar="TEXT", help="just the programs whose name contains TEXT"
     )
     parser.add_argument("--list", action="store_true", help="name the rows and stop")
     parser.add_argument(
@@ -50,9 +50,10 @@ def _measure(rows: list[Row], peers: list[Peer], lab: Lab, rounds: int) -> tuple
 
 def _measure_row(row: Row, peers: list[Peer], lab: Lab, rounds: int, report: Report) -> None:
     """Take turns, so that whatever else the machine does meets all alike."""
+    able = [peer for peer in peers if row.work in peer.does]
     for number in range(rounds):
         progress.print(f"{row.name}: round {number + 1} of {rounds}")
-        for peer in peers:
+        for peer in able:
             report.add(row, peer.name, row.measure(lab, peer))
         if row.yardstick is not None:
             report.add(row, YARDSTICK, row.yardstick(lab))
@@ -71,7 +72,9 @@ def main() -> int:
     except RuntimeError as error:
         progress.print(str(error), style="red")
         return 1
-    Console(width=TABLE_WIDTH).print(report.table())
+    for table in map(report.table, (DAEMONS, NBD_SERVERS)):
+        if table.row_count:
+            Console(width=TABLE_WIDTH).print(table)
     print(f"all samples: {report.save(FOLDER / 'results', peers)}")
     if failures:
         progress.print(f"failed: {', '.join(failures)}", style="red")

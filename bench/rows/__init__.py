@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from bench.lab import Lab
-from bench.peers import Peer
+from bench.peers import Peer, Work
 
 Sample = dict[str, float]
 
@@ -27,3 +27,5 @@ class Row:
     measure: Callable[[Lab, Peer], Sample]
     # The same work without a daemon, where that tells something.
     yardstick: Callable[[Lab], Sample] | None = None
+    # Who is measured: the peers that do this.
+    work: Work = Work.QMP

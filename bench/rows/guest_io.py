@@ -10,7 +10,7 @@ from functools import partial
 from statistics import quantiles
 
 from bench.lab import DATA_SIZE, Lab
-from bench.peers import Image, Peer, Running, running
+from bench.peers import Image, Peer, Running, Work, running
 from bench.rows import Figure, Row, Sample
 from bench.rows.copy_loop import write_into_clusters
 from blockd.units import KIB, MIB
@@ -63,8 +63,8 @@ def _warm_up(daemon: Running) -> None:
     )
 
 
-def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
-    with running(peer, lab.filled(), lab.folder) as daemon:
+def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int, *, image: str = "qcow2") -> Sample:
+    with running(peer, lab.filled(image), lab.folder) as daemon:
         job = fio(
             daemon,
             *(
@@ -80,17 +80,17 @@ def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
     return _figures(job, "read")
 
 
-def _write(lab: Lab, peer: Peer, pattern: str, block: int, depth: int) -> Sample:
-    image = lab.filled()
+def _write(lab: Lab, peer: Peer, pattern: str, block: int, depth: int, *, image: str = "qcow2") -> Sample:
+    filled = lab.filled(image)
     size = DATA_SIZE if pattern == "write" else WRITE_SIZES[depth]
-    with running(peer, image, lab.folder) as daemon:
+    with running(peer, filled, lab.folder) as daemon:
         _warm_up(daemon)
         job = fio(
             daemon,
             *(f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}", f"--size={size}"),
             f"--buffer_pattern={PATTERN:#x}",
         )
-    _expect_written(lab, image, written_of_unit=block, unit=block, size=size)
+    _expect_written(lab, filled, written_of_unit=block, unit=block, size=size)
     return _figures(job, "write")
 
 
@@ -131,29 +131,42 @@ def _expect_written(lab: Lab, image: Image, *, written_of_unit: int, unit: int, 
         for offset in range(0, DATA_SIZE, unit):
             data = source.read(unit)
             target.write(stamp + data[written_of_unit:] if offset < size else data)
-    lab.compare(image.path, expected)
+    lab.compare(image.path, expected, image.format)
 
 
-def _random(direction: str, depth: int) -> Row:
+def _random(direction: str, depth: int, image: str = "qcow2") -> Row:
     measure = partial(
-        _read if direction == "read" else _write, pattern=f"rand{direction}", block=4 * KIB, depth=depth
+        _read if direction == "read" else _write,
+        pattern=f"rand{direction}",
+        block=4 * KIB,
+        depth=depth,
+        image=image,
     )
-    return Row(f"random {direction} 4 KiB, depth {depth}", (IOPS, P99), measure)
+    name = f"random {direction} 4 KiB, depth {depth}"
+    if image == "raw":
+        return Row(f"{name}, raw file", (IOPS, P99), measure, work=Work.RAW)
+    return Row(name, (IOPS, P99), measure, work=Work.QCOW2)
+
+
+def _sequential(direction: str) -> Row:
+    measure = partial(_read if direction == "read" else _write, pattern=direction, block=MIB, depth=4)
+    return Row(f"sequential {direction} 1 MiB, depth 4", (THROUGHPUT,), measure, work=Work.QCOW2)
+
+
+def _allocating(depth: int) -> Row:
+    return Row(
+        f"allocating write 4 KiB, depth {depth}",
+        (IOPS, P99),
+        partial(_allocating_write, depth=depth),
+        _bare_allocating_write,
+        Work.QCOW2,
+    )
 
 
 ROWS = [
     *(_random(direction, depth) for direction in ("read", "write") for depth in (1, 16)),
-    *(
-        Row(
-            f"allocating write 4 KiB, depth {depth}",
-            (IOPS, P99),
-            partial(_allocating_write, depth=depth),
-            _bare_allocating_write,
-        )
-        for depth in (1, 16)
-    ),
-    Row("sequential read 1 MiB, depth 4", (THROUGHPUT,), partial(_read, pattern="read", block=MIB, depth=4)),
-    Row(
-        "sequential write 1 MiB, depth 4", (THROUGHPUT,), partial(_write, pattern="write", block=MIB, depth=4)
-    ),
+    *(_allocating(depth) for depth in (1, 16)),
+    *(_sequential(direction) for direction in ("read", "write")),
+    # For servers that know no qcow2. Two will do: each takes half a minute of a run.
+    *(_random(direction, 16, "raw") for direction in ("read", "write")),
 ]
