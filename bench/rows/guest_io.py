@@ -19,7 +19,7 @@ IOPS = Figure("rate", "IOPS", is_more_better=True)
 THROUGHPUT = Figure("throughput", "MB/s", is_more_better=True)
 P99 = Figure("p99", "µs", is_more_better=False)
 
-READ_TIME_S = 3
+READ_TIME_S = 2
 WARM_UP_TIME_S = 1
 PATTERN = 0xB10CD0FF
 CLUSTER_SIZE = 64 * KIB
