@@ -35,6 +35,8 @@ ROOM_LENGTH_MAX = 1 * GIB
 FREE_SHARE_MAX = 16
 # With less free space than this none is reserved.
 FREE_LENGTH_MIN = 1 * GIB
+# How much longer a file has become before room is reserved for what is written through the cache, too.
+GROWTH_MIN = 1 * MIB
 
 _NOT_OPENED, _NO_DIRECT = -1, -2
 
@@ -48,10 +50,11 @@ class FileEnd:
 
     def __init__(self, size: int) -> None:
         # Behind the furthest write that is over; the file itself may be longer by the room.
-        self.size = size
+        self.size = self._first_size = size
         self._room_end = 0
         self._room_length = ROOM_LENGTH
         self._has_no_room = False
+        self._is_room_due = False
         self._is_used = False
         self._growing_count = 0
         self._lock = threading.Lock()
@@ -76,7 +79,8 @@ class FileEnd:
         with self._lock:
             self._growing_count -= 1
             if count:
-                self.size = max(self.size, offset + count)
+                before, self.size = self.size, max(self.size, offset + count)
+                self._is_used = self._is_used or self.size > before
 
     def reset(self, size: int) -> None:
         """The file was given another length, or opened again.
@@ -84,9 +88,36 @@ class FileEnd:
         Needs:    no write is under way.
         """
         with self._lock:
-            self.size = size
+            self.size = self._first_size = size
             self._room_end = 0
             self._room_length = ROOM_LENGTH
+
+    def wants_room_nowait(self, end: int) -> bool:
+        """Whether a write up to `end` through the cache should let a thread `reserve_due` room first.
+
+        So it is when the file becomes longer and longer. Only one write is told so: the others go ahead.
+        """
+        is_growing = end - self._first_size > GROWTH_MIN and self._lacks_room(end)
+        if self._is_room_due or self._direct_count or not is_growing:
+            return False
+        self._is_room_due = True
+        return True
+
+    def reserve_due(self, fd: int, length: int) -> None:
+        """Have room for `length` more bytes, and some of what follows, if `wants_room_nowait` said so.
+
+        Not while there are direct writes, which it would have to wait for; they take care of it.
+
+        Needs:    between `begin` and `finish`.
+        """
+        if not self._is_room_due:
+            return
+        with self._room_lock:
+            end = self.size + length
+            if self._is_room_due and not self._direct_count and self._lacks_room(end):
+                self._is_used = True
+                self._reserve_locked(fd, end)
+            self._is_room_due = False
 
     @contextlib.contextmanager
     def room(self, fd: int, end: int) -> Iterator[None]:
@@ -126,6 +157,7 @@ class FileEnd:
         """Cut unused room off; `unless_used`: not if it was used since this was last asked for."""
         with self._room_lock, self._lock:
             was_used, self._is_used = self._is_used, False
+            self._is_room_due = False  # the write that was told so has perhaps failed
             if self._room_end <= self.size or self._growing_count or (unless_used and was_used):
                 return
             with contextlib.suppress(OSError):  # then the file is longer than it need be

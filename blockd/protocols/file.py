@@ -219,12 +219,14 @@ class FileNode(ProtocolNode):
         started = time.monotonic()
         if started < self._stalls.watched_until and not self._stalls.may_write(started):
             return False
-        is_growing = offset + len(data) > self.size
-        if is_growing and not self._end.begin_nowait():
+        end = offset + len(data)
+        is_growing = end > self._end.size
+        if is_growing and (self._wants_room_nowait(end) or not self._end.begin_nowait()):
             return False
         count = 0
         try:
-            self._require_length_before(offset + len(data))
+            if is_growing:
+                self._require_length()
             count = os.pwrite(self._fd, data, offset)
         except (OSError, StorageError):
             return False  # the awaitable write meets the same error and reports it
@@ -247,6 +249,7 @@ class FileNode(ProtocolNode):
         position = 0
         self._end.begin()
         try:
+            self._end.reserve_due(self._fd, len(view))
             while position < len(view):
                 position += os.pwrite(self._fd, view[position:], offset + position)
         except OSError as error:
@@ -292,6 +295,9 @@ class FileNode(ProtocolNode):
         finally:
             self._end.finish(offset, written)
         return written
+
+    def _wants_room_nowait(self, end: int) -> bool:
+        return self.is_longer_allowed and self._end.wants_room_nowait(end)
 
     def _room(self, end: int) -> AbstractContextManager[None]:
         return self._end.room(self._fd, end) if self.is_longer_allowed else contextlib.nullcontext()

@@ -180,6 +180,50 @@ async def test_room_goes_when_copying_is_over(tmp_path: Path) -> None:
     assert path.read_bytes().endswith(b"a guest")
 
 
+async def write(node: FileNode, offset: int, data: bytes) -> None:
+    if not node.write_nowait(offset, data):
+        await node.write(offset, data)
+
+
+async def test_a_file_that_guests_make_longer_and_longer_gets_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold, "FREE_LENGTH_MIN", 0)
+    path = tmp_path / "file"
+    node = await open_file(path)
+    await write(node, 0, bytes(cold.GROWTH_MIN))
+    assert path.stat().st_size == cold.GROWTH_MIN, "it may stay at that"
+
+    assert not node.write_nowait(cold.GROWTH_MIN, b"more"), "waits until there is room"
+    assert node.write_nowait(cold.GROWTH_MIN, b"less"), "one is enough"
+    await node.write(cold.GROWTH_MIN, b"more")
+    end = cold.GROWTH_MIN + len(b"more")
+    with_room = path.stat().st_size
+    assert node.size == end
+    assert with_room >= end + cold.ROOM_LENGTH
+    await node.flush()
+    assert node.write_nowait(end, b"still more")
+    await node.flush()
+    assert path.stat().st_size == with_room, "it is in use"
+    await node.flush()  # nothing was written between the two
+
+    assert path.stat().st_size == node.size == end + len(b"still more")
+    assert path.read_bytes() == bytes(cold.GROWTH_MIN) + b"morestill more"
+    await node.close()
+
+
+async def test_a_file_whose_end_says_what_is_in_use_gets_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cold, "FREE_LENGTH_MIN", 0)
+    path = tmp_path / "file"
+    node = await open_file(path)
+    node.is_longer_allowed = False
+    await write(node, 0, bytes(cold.GROWTH_MIN + 1))
+    assert path.stat().st_size == cold.GROWTH_MIN + 1
+    await node.close()
+
+
 async def test_giving_room_back_does_not_hide_that_the_file_was_cut(tmp_path: Path) -> None:
     path = tmp_path / "file"
     node = await open_file(path)

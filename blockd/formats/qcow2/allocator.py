@@ -124,13 +124,14 @@ class Allocator:
             )
 
     def _find_free(self, entries: "array[int]", block_index: int, start: int) -> int | None:
-        with contextlib.suppress(ValueError):
+        try:
             while True:
                 start = entries.index(0, start)
                 if block_index * self.block_span + start not in self._withheld:
                     return start
                 start += 1
-        return None
+        except ValueError:
+            return None
 
     async def extend(self) -> bool:
         """Make the refcount block at the search position available; False: the table is full."""

@@ -213,6 +213,13 @@ class Mapping:
         table.changed_to = max(table.changed_to, end)
         self._changed.add(l1_index)
 
+    def set_entry(self, l1_index: int, table: L2Table, index: int, entry: int) -> None:
+        """Publish one new entry; as `set_entries`, which costs several times as much."""
+        table.entries[index] = entry
+        table.changed_from = min(table.changed_from, index)
+        table.changed_to = max(table.changed_to, index + 1)
+        self._changed.add(l1_index)
+
     def take_changes(self) -> MappingChanges:
         """Hand out everything that the disk does not have, and count it as written."""
         changes = MappingChanges([], [], [], {})

@@ -61,34 +61,40 @@ class GuestWrites:
 
         Locks:    none: from looking the cluster up to publishing it nothing is waited for.
         """
-        start = align_down(offset, self._cluster_size)
-        l1_index = start >> self._mapping.table_bits
-        has_table = l1_index in self._mapping.tables and self._mapping.l1[l1_index] & COPIED
-        if not has_table or offset + len(data) > start + self._cluster_size:
+        mapping, cluster_size = self._mapping, self._cluster_size
+        l1_index = offset >> mapping.table_bits
+        table = mapping.tables.get(l1_index)
+        if table is None or not mapping.l1[l1_index] & COPIED:
             return False
-        if self._image.entry_nowait(start, 1) or self._metadata.is_under_pressure:
+        index = (offset >> mapping.cluster_bits) & mapping.index_mask
+        start = offset & -cluster_size
+        is_new = not table.entries[index] and offset + len(data) <= start + cluster_size
+        if not is_new or self._metadata.is_under_pressure:
             return False
-        content = self._merged_nowait(start, offset, data)
+        content = data if len(data) == cluster_size else self._merged_nowait(start, offset, data)
         run = self._allocator.allocate_nowait(1) if content is not None else None
         if content is None or run is None:
             return False
         if not self._image.file.write_nowait(run.host_offset, content):
             self._allocator.give_back(run)
             return False
-        self._publish(start, [run.host_offset | COPIED])
+        mapping.set_entry(l1_index, table, index, run.host_offset | COPIED)
         return True
 
     def _merged_nowait(self, start: int, offset: int, data: Buffer) -> Buffer | None:
-        """The content of a whole cluster with `data` in it, if that needs no waiting."""
-        if len(data) == self._cluster_size:
-            return data
-        stored = min(self._cluster_size, self._image.size - start)
-        old = self._image.read_nowait(start, stored)
-        if old is None:
-            return None
-        content = old if isinstance(old, bytearray) else bytearray(old)
+        """The content of a whole cluster that is unallocated, with `data` in it, if that needs no waiting."""
+        end, backing = start + self._cluster_size, self._image.backing
+        if backing is None or start >= backing.size:
+            content = bytearray(self._cluster_size)
+        elif end <= backing.size and end <= self._image.size:
+            old = backing.read_nowait(start, self._cluster_size)
+            if old is None:
+                return None
+            content = old if isinstance(old, bytearray) else bytearray(old)
+        else:
+            return None  # where a disk ends
         content[offset - start : offset - start + len(data)] = data
-        return content if stored == self._cluster_size else content.ljust(self._cluster_size, b"\0")
+        return content
 
     async def write(self, offset: int, data: memoryview) -> None:
         """Write, in place or to new clusters, piece by piece."""
