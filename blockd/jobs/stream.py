@@ -32,6 +32,9 @@ WINDOW_LENGTH = 64 * MIB
 SCAN_COUNT = 64
 # With a speed limit, a round copies what the limit allows in this time.
 RATE_SLICE_S = 0.1
+# How many times the last step looks for what is still missing, and copies it: more than guests whose writes
+# fail can make necessary, unless all of them do.
+REST_COUNT_MAX = 16
 # After a crash at most this much is copied again.
 CHECKPOINT_LENGTH = 1 * GIB
 CHECKPOINT_INTERVAL_S = 5.0
@@ -133,9 +136,7 @@ class StreamJob(Job):
         await self._flush()
 
     async def commit(self) -> None:
-        # A guest write may have cancelled a copy and then failed itself: look until nothing is missing.
-        while await self._copy_rest():
-            pass
+        await self._copy_rest()
         await self._target.active.change_backing(self._base_filename, self._base_format)
 
     async def _flush(self) -> None:
@@ -150,15 +151,31 @@ class StreamJob(Job):
                 if action is Action.REPORT:
                     raise
 
-    async def _copy_rest(self) -> bool:
-        """Go over the whole map once more; tells whether anything was still missing."""
-        offset, is_missing = 0, False
+    async def _copy_rest(self) -> None:
+        """Go over the whole map until nothing is missing.
+
+        A guest write may have cancelled a copy and then failed itself.
+
+        Raises:   StorageError: something is missing however often it is copied.
+        """
+        for _ in range(REST_COUNT_MAX):
+            first = await self._copy_missing()
+            if first is None:
+                return
+        filename = self._target.active.filename
+        raise StorageError(
+            f"'{filename}' still lacks data at {first} after it was copied {REST_COUNT_MAX} times"
+        )
+
+    async def _copy_missing(self) -> int | None:
+        """Copy what is missing anywhere; tells where it began, None if nothing was."""
+        offset, first = 0, None
         while offset < self.length:
             needed, offset = await self._scan(offset)
             for piece in needed:
-                is_missing = True
+                first = piece.offset if first is None else first
                 self._count(await self._target.populate(piece.offset, piece.length))
-        return is_missing
+        return first
 
     async def _stream(self) -> None:
         offset = copied_before = 0
