@@ -145,10 +145,12 @@ class Config(NamedTuple):
     """All of it. The pidfile is written when everything else is ready.
 
     Names inside images may lead into `image_paths`, besides the folder of the image itself. `state_dir` has
-    what an earlier run was, and without options that is all there is.
+    what an earlier run was, and without options that is all there is. Streams hold back when guests' requests
+    take longer than `guest_latency_us`; 0: they never do, None: it is left to them.
     """
 
     options: tuple[Given, ...]
     pidfile: str | None = None
     image_paths: tuple[str, ...] = ()
     state_dir: str | None = None
+    guest_latency_us: int | None = None

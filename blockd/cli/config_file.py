@@ -37,7 +37,7 @@ CONFIG_LENGTH_MAX = 4 * MIB
 _ORDER = ("object", "blockdev", "nbd-server", "nbd", "device", "export", "chardev", "monitor", "qmp", "http")
 _TABLES = ("object", "blockdev", "nbd-server", "device", "export", "chardev", "monitor")
 _ONCE = ("pidfile", "state-dir")
-_KNOWN = (*_ORDER, *_ONCE, "image-paths", "daemonize")
+_KNOWN = (*_ORDER, *_ONCE, "image-paths", "guest-latency", "daemonize")
 
 # What errors call the member they are about, in QEMU's words.
 _ABOUT = re.compile(r"(?:Parameter|parameter type for) '([^']+)'")
@@ -93,6 +93,8 @@ class _Reader:
                 raise self._wrong((name,), f"unknown key '{name}'{_did_you_mean(name, _KNOWN)}")
         options = [given for name in _ORDER if name in self._document for given in self._options(name)]
         once = {name: self._text((name,), self._document[name]) for name in _ONCE if name in self._document}
+        if "guest-latency" in self._document:
+            once["guest-latency"] = self._number(("guest-latency",))
         if self._flag("daemonize"):
             once["daemonize"] = ""
         places = {f"--{name}": self._place((name,)) for name in once}
@@ -148,6 +150,12 @@ class _Reader:
         if name in self._document:
             for value, path in self._values(name):
                 yield self._text(path, value)
+
+    def _number(self, path: tuple[str]) -> str:
+        value = self._document[path[0]]
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise self._wrong(path, f"'{path[0]}' has to be a whole number")
+        return str(value)
 
     def _flag(self, name: str) -> bool:
         value = self._document.get(name, False)

@@ -27,6 +27,8 @@ For people:
   --config FILE.toml                         options from a file: its keys are the names of the options, its
                                              tables their values; FOLDERs and files as on the command line
   --check-config                             say what is wrong with all this, open nothing, and end
+  --guest-latency MICROSECONDS               streams hold back while guests wait longer for a disk than this
+                                             on the average: 5000 without it, 0 for never
   --state-dir DIR                            remember disks, exports and jobs in this folder, and go on with
                                              them after a crash or a stop; see below
 

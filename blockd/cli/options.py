@@ -47,6 +47,8 @@ from blockd.objects import check_object
 
 DEFAULT_QMP_PATH = "blockd.qmp"
 DEFAULT_NBD_PATH = "blockd.nbd"
+# A guest that waits for longer has given up.
+GUEST_LATENCY_US_MAX = 60_000_000
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 # Options of a socket chardev that only say how QEMU goes about it.
@@ -87,7 +89,14 @@ def parse_command_line(arguments: Sequence[str], inherited: Sequence[Given] = ()
         gathered.take(name, value)
     options, once, image_paths = gathered
     all_options = tuple(options) if inherited else _with_defaults(options)
-    config = Config(all_options, once.get("--pidfile"), tuple(image_paths), once.get("--state-dir"))
+    latency = once.get("--guest-latency")
+    config = Config(
+        all_options,
+        once.get("--pidfile"),
+        tuple(image_paths),
+        once.get("--state-dir"),
+        None if latency is None else int(latency),
+    )
     action = Action.CHECK if "--check-config" in once else Action.SERVE
     return CommandLine(action, config, is_background="--daemonize" in once)
 
@@ -114,6 +123,10 @@ class _Gathered(NamedTuple):
     def _take_once(self, name: str, value: str, place: str = "") -> None:
         if name in self.once:
             raise RequestError(f"{place and place + ': '}{name} option can only be given once")
+        if name == "--guest-latency" and not _is_latency(value):
+            raise RequestError(
+                f"{place and place + ': '}{name} {value}: expected microseconds, 0 to {GUEST_LATENCY_US_MAX}"
+            )
         self.once[name] = value
 
     def _take_file(self, filename: str) -> None:
@@ -125,6 +138,10 @@ class _Gathered(NamedTuple):
             self._take_once(name, value, said.places[name])
         self.image_paths.extend(said.image_paths)
         self.options.extend(said.options)
+
+
+def _is_latency(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= GUEST_LATENCY_US_MAX
 
 
 def _is_utf8(text: str) -> bool:
@@ -283,9 +300,9 @@ def _check_identifier(name: str) -> None:
 
 
 _ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}
-_ONCE = ("--pidfile", "--daemonize", "--state-dir", "--check-config")
+_ONCE = ("--pidfile", "--daemonize", "--state-dir", "--guest-latency", "--check-config")
 _WITHOUT_VALUE = (*_ACTIONS, "--daemonize", "--check-config")
-_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", "--config")
+_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", "--guest-latency", "--config")
 
 _HANDLERS: dict[str, Callable[[str], Option]] = {
     "--blockdev": _blockdev,

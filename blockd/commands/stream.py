@@ -126,6 +126,8 @@ class BlockStreamStatus(Result):
     """Written by the guest since the stream began."""
     rate: int
     """Bytes copied per second."""
+    leeway: int
+    """Copied at once, at most: less while guests wait for the disk."""
     seconds_left: float | None = None
     """An estimate; absent while there is nothing to estimate from."""
     image: str | None = None
@@ -164,6 +166,7 @@ def _status(device: Device, stream: Stream) -> BlockStreamStatus:
         zero=job.counters.zero,
         guest_written=job.guest_written,
         rate=int(job.rate),
+        leeway=job.leeway.length,
         seconds_left=job.seconds_left,
         image=active.image.filename if isinstance(active, AddCowImage) else None,
         all_allocated=active.is_complete if isinstance(active, AddCowImage) else None,

@@ -32,6 +32,7 @@ from blockd.devices.streams import Streams
 from blockd.drivers import NodeGraph
 from blockd.errors import BlockdError, RequestError
 from blockd.jobs.manager import JobManager
+from blockd.jobs.stream import GUEST_LATENCY_S
 from blockd.objects import Objects
 from blockd.qmp.events import EventBus
 from blockd.qmp.server import QmpServer
@@ -101,7 +102,8 @@ class Daemon:
             qmp.stop()  # what was sent after `quit` is not run
             self.stop()
 
-        services = Services(graph, devices, Streams(devices, jobs), jobs, exports, events, quit_, objects)
+        streams = Streams(devices, jobs, _guest_latency_s(config))
+        services = Services(graph, devices, streams, jobs, exports, events, quit_, objects)
         qmp = await stack.enter_async_context(QmpServer(self._load_commands, events, services))
         self._recorder.watch(services, qmp.is_heard)
         return services, qmp
@@ -152,6 +154,10 @@ class Daemon:
 
                 await restore_monitors(qmp, recorder.monitors)
             await recorder.save()
+
+
+def _guest_latency_s(config: Config) -> float:
+    return GUEST_LATENCY_S if config.guest_latency_us is None else config.guest_latency_us / 1e6
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from blockd.filters.blkstream import BlkStream
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.jobs.job import Job, OnError
 from blockd.jobs.manager import JobManager, is_well_formed
-from blockd.jobs.stream import StreamJob
+from blockd.jobs.stream import GUEST_LATENCY_S, StreamJob
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +86,10 @@ class Stream(NamedTuple):
 class Streams:
     """Starts streams and knows which are running."""
 
-    def __init__(self, devices: Devices, jobs: JobManager) -> None:
+    def __init__(self, devices: Devices, jobs: JobManager, guest_latency_s: float = GUEST_LATENCY_S) -> None:
         self._devices = devices
         self._jobs = jobs
+        self._guest_latency_s = guest_latency_s
         self._running: dict[BlockNode, Stream] = {}
         # What was asked for, for as long as the job is there.
         self.requests: WeakKeyDictionary[Job, StreamRequest] = WeakKeyDictionary()
@@ -160,6 +161,7 @@ class Streams:
             front,
             base_filename=backing_file,
             base_format=None if base is None else format_of(base),
+            guest_latency_s=self._guest_latency_s,
             **request.options._asdict(),
         )
         stream = Stream(job, front, layers, was_read_only, active.backing_filename, backing_file)

@@ -26,6 +26,7 @@ from blockd.block.node import BlockNode, Buffer, FillCounts, FilterNode, Overlay
 from blockd.block.segments import zeroes
 from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
+from blockd.filters.guest_waits import GuestWaits
 from blockd.filters.kept_parts import KeptCluster, KeptParts
 from blockd.filters.write_queue import Copy, WriteQueue
 from blockd.units import MIB, align_down, align_up
@@ -52,6 +53,7 @@ class BlkStream(FilterNode):
         self.active = active
         self.base = base
         self.guest_written = 0
+        self.guest_waits = GuestWaits()
         self._queue = WriteQueue(active.cluster_size)
         self._kept = KeptParts(active.cluster_size)
         self._is_keeping = False
@@ -138,6 +140,7 @@ class BlkStream(FilterNode):
     # -- guest reads --------------------------------------------------------------------------
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
+        self.guest_waits.tried_count += 1
         if self._kept and self._kept.touches(offset, offset + length):
             return None
         data = self.active.read_own_nowait(offset, length)
@@ -174,7 +177,8 @@ class BlkStream(FilterNode):
 
     async def _read_copying(self, offset: int, length: int) -> Buffer:
         await self._copy_on_read(offset, length)
-        return await self.active.read(offset, length)
+        with self.guest_waits.waiting():
+            return await self.active.read(offset, length)
 
     # What looks at the image past this node sees nothing of what is kept.
 
@@ -193,6 +197,7 @@ class BlkStream(FilterNode):
     # -- guest writes -------------------------------------------------------------------------
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
+        self.guest_waits.tried_count += 1
         if self._kept and self._kept.touches(offset, offset + len(data)):
             return False
         # What is written without waiting is in the map at once: a copy in flight finds it and leaves it.
@@ -208,7 +213,8 @@ class BlkStream(FilterNode):
         )
         if start < end:
             async with self._queue.writing(start, self._write_end(end)):
-                await self.active.write(start, view[start - offset : end - offset])
+                with self.guest_waits.waiting():
+                    await self.active.write(start, view[start - offset : end - offset])
                 self._drop_kept(start, end)
         self.guest_written += len(data)
 

@@ -1,9 +1,9 @@
 """The stream job: populate from 0 to the end, then write the final base.
 
-The loop takes a window of missing ranges at a time and copies a few of them at once; it comes back
-to its top, where pause, rate and cancel are looked at, with no copy pending, and early if one of them
-changed. Checkpoints run beside the copying. What happens to the graph around it is the device's
-business (`clean`).
+The loop takes a window of missing ranges at a time and copies a few of them at once, as many as guests leave
+room for (leeway.py); it comes back to its top, where pause, rate and cancel are looked at, with no copy
+pending, and early if one of them changed. Checkpoints run beside the copying. What happens to the graph
+around it is the device's business (`clean`).
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from blockd.aio import task_group
@@ -20,11 +20,12 @@ from blockd.block.node import FillCounts, OverlayNode
 from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
 from blockd.jobs.job import Action, Job, OnError
+from blockd.jobs.leeway import Leeway
 from blockd.units import GIB, MIB, align_down
 
 log = logging.getLogger(__name__)
 
-# What one copy takes, how many run at once, and how much one round of the loop takes.
+# What one copy takes, how many run at once, both at most, and how much one round of the loop takes.
 COPY_LENGTH = 4 * MIB
 COPY_COUNT = 4
 WINDOW_LENGTH = 64 * MIB
@@ -38,6 +39,17 @@ REST_COUNT_MAX = 16
 # After a crash at most this much is copied again.
 CHECKPOINT_LENGTH = 1 * GIB
 CHECKPOINT_INTERVAL_S = 5.0
+# How long the guests' requests may take before a stream holds back, unless it is told otherwise.
+GUEST_LATENCY_S = 0.005
+# How often it is looked whether the loop keeps guests waiting, and how often the leeway adapts to that.
+TICK_S = 0.01
+LEEWAY_INTERVAL_S = 0.05
+
+
+class GuestWaits(Protocol):
+    """What the job needs to know of the guests."""
+
+    def take(self) -> float | None: ...
 
 
 class StreamTarget(Protocol):
@@ -46,6 +58,9 @@ class StreamTarget(Protocol):
     active: OverlayNode
     size: int
     guest_written: int
+
+    @property
+    def guest_waits(self) -> GuestWaits: ...
 
     async def missing(self, offset: int, length: int) -> list[Extent]: ...
 
@@ -66,6 +81,18 @@ class Counters:
     dropped: int = 0  # the guest wrote them while they were being copied
 
 
+@dataclass
+class _Round:
+    """Pieces that are being copied, from the left on; those `under_way` and behind are not done yet."""
+
+    tasks: asyncio.TaskGroup
+    pieces: deque[Extent]
+    speed: int
+    copier_count: int = 0
+    under_way: list[Extent] = field(default_factory=list)
+    failures: list[tuple[Extent, StorageError]] = field(default_factory=list)
+
+
 class StreamJob(Job):
     """Streams into the active image of `target`, then records the backing file `base_filename`."""
 
@@ -82,6 +109,7 @@ class StreamJob(Job):
         on_error: OnError = OnError.REPORT,
         auto_finalize: bool = True,
         auto_dismiss: bool = True,
+        guest_latency_s: float = GUEST_LATENCY_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         super().__init__(
@@ -94,6 +122,7 @@ class StreamJob(Job):
             clock=clock,
         )
         self.counters = Counters()
+        self.leeway = Leeway(COPY_LENGTH, COPY_COUNT, guest_latency_s)
         self._target = target
         self._base_filename = base_filename
         self._base_format = base_format
@@ -101,6 +130,7 @@ class StreamJob(Job):
         self._started = clock()
         self._checkpoint_at = CHECKPOINT_LENGTH
         self._checkpoint_asked = asyncio.Event()
+        self._is_copying = asyncio.Event()
 
     @property
     def guest_written(self) -> int:
@@ -127,6 +157,7 @@ class StreamJob(Job):
             beside = [
                 tasks.create_task(self._make_checkpoints()),
                 tasks.create_task(self._target.keep_writes()),
+                tasks.create_task(self._adapt_leeway()),
             ]
             try:
                 await self._stream()
@@ -193,7 +224,9 @@ class StreamJob(Job):
             await self._copy(left)
             end = min((piece.offset for piece in left), default=end)
             self.counters.skipped += (
-                end - offset - sum(piece.length for piece in needed if piece.offset < end)
+                end
+                - offset
+                - sum(min(piece.end, end) - piece.offset for piece in needed if piece.offset < end)
             )
             offset = end
             self.set_progress(offset, self.length)
@@ -232,33 +265,50 @@ class StreamJob(Job):
         Those that failed are retried after the pause the policy asks for.
         """
         while True:
-            under_way: list[Extent] = []
-            failures: list[tuple[Extent, StorageError]] = []
-            async with task_group() as tasks:
-                for _ in range(min(COPY_COUNT, len(pieces))):
-                    tasks.create_task(self._copy_some(pieces, self.speed, under_way, failures))
-            if not failures:
+            self._is_copying.set()
+            try:
+                async with task_group() as tasks:
+                    copying = _Round(tasks, pieces, self.speed)
+                    self._start_copiers(copying)
+            finally:
+                self._is_copying.clear()
+            if not copying.failures:
                 return
-            pieces.extendleft(reversed(await self._apply_policy(failures)))
+            pieces.extendleft(reversed(await self._apply_policy(copying.failures)))
 
-    async def _copy_some(
-        self,
-        pieces: deque[Extent],
-        speed: int,
-        under_way: list[Extent],
-        failures: list[tuple[Extent, StorageError]],
-    ) -> None:
-        """Copy one piece after another; those `under_way` and behind are not done yet."""
-        while pieces and not self.is_user_paused and self.speed == speed:
-            piece = pieces.popleft()
+    def _start_copiers(self, copying: "_Round") -> None:
+        """Copy as many pieces at once as there is leeway for now."""
+        while copying.copier_count < min(self.leeway.copy_count, copying.copier_count + len(copying.pieces)):
+            copying.copier_count += 1
+            copying.tasks.create_task(self._copy_some(copying))
+
+    async def _copy_some(self, copying: "_Round") -> None:
+        """Copy one piece after another, as long as there is leeway for that many copiers."""
+        pieces, under_way = copying.pieces, copying.under_way
+        while pieces and not self.is_user_paused and self.speed == copying.speed:
+            piece = self._take_piece(pieces)
             under_way.append(piece)
             try:
                 self._count(await self._target.populate(piece.offset, piece.length))
             except StorageError as error:
-                failures.append((piece, error))
+                copying.failures.append((piece, error))
                 continue  # nothing behind it counts as done
             under_way.remove(piece)
             self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
+            if copying.copier_count > self.leeway.copy_count:
+                break
+            self._start_copiers(copying)
+        copying.copier_count -= 1
+
+    def _take_piece(self, pieces: deque[Extent]) -> Extent:
+        """Take the first piece, or as much of it as there is leeway for."""
+        piece = pieces.popleft()
+        cluster_size = self._target.active.cluster_size
+        length = max(cluster_size, align_down(self.leeway.copy_length, cluster_size))
+        if piece.length <= length:
+            return piece
+        pieces.appendleft(Extent(piece.offset + length, piece.length - length, Kind.DATA))
+        return Extent(piece.offset, length, Kind.DATA)
 
     async def _apply_policy(self, failures: list[tuple[Extent, StorageError]]) -> list[Extent]:
         """Tell which pieces to try again."""
@@ -269,6 +319,22 @@ class StreamJob(Job):
             if action is Action.STOP:
                 return [piece for piece, _ in failures[number:]]
         return []
+
+    async def _adapt_leeway(self) -> None:
+        """Have the leeway follow what guests wait, as long as there are copies that could be the reason.
+
+        A guest waits for the image (`guest_waits`), or for the loop: for requests that are answered at once
+        the loop has to come round.
+        """
+        while True:
+            await self._is_copying.wait()
+            began, lag_s, tick_count = self._clock(), 0.0, 0
+            while (now := self._clock()) < began + LEEWAY_INTERVAL_S:
+                await asyncio.sleep(TICK_S)
+                lag_s += max(0.0, self._clock() - now - TICK_S)
+                tick_count += 1
+            waited_s = self._target.guest_waits.take()
+            self.leeway.adapt(None if waited_s is None else max(waited_s, lag_s / tick_count))
 
     def _count(self, counts: FillCounts) -> None:
         self.counters.copied += counts.copied

@@ -62,6 +62,7 @@ def _stream_metrics(devices: list[tuple[str, DeviceStatus]]) -> Iterator[Family]
         "offset": "How far it is.",
         "copied": "What it has copied.",
         "rate": "What it copies per second.",
+        "leeway": "What it copies at once, at most.",
     }
     for name, text in shown.items():
         family = GaugeMetricFamily(f"blockd_stream_{name}_bytes", text, labels=["device"])

@@ -73,6 +73,8 @@ class StreamStatus(Result):
     """The limit in bytes per second; 0: none."""
     rate: int
     """Bytes copied per second."""
+    leeway: int
+    """Copied at once, at most: less while guests wait for the disk."""
     seconds_left: float | None = None
     copied: int
     skipped: int
@@ -189,6 +191,7 @@ def _stream(stream: Stream) -> StreamStatus:
         offset=job.offset,
         speed=job.speed,
         rate=int(job.rate),
+        leeway=job.leeway.length,
         seconds_left=job.seconds_left,
         copied=job.counters.copied,
         skipped=job.counters.skipped,

@@ -33,6 +33,7 @@ def test_a_file_means_what_its_command_line_means(tmp_path: Path) -> None:
         """\
         state-dir = "state"
         image-paths = ["/a", "/b"]
+        guest-latency = 2500
         daemonize = true
         qmp = ["q1", "q2"]
         nbd = "localhost:10809"
@@ -69,6 +70,7 @@ def test_a_file_means_what_its_command_line_means(tmp_path: Path) -> None:
     expected = parse_command_line(
         [
             *("--state-dir", "state", "--daemonize", "--image-paths", "/a", "--image-paths", "/b"),
+            *("--guest-latency", "2500"),
             *("--object", "iothread,id=t"),
             *("--blockdev", "qcow2,node-name=top,file.driver=file,file.filename=a,,b"),
             *("--nbd", "localhost:10809"),
@@ -144,6 +146,9 @@ def _file(folder: Path, text: str) -> str:
         ),
         ("qmp = 5", 1, "'qmp' has to be a string"),
         ("image-paths = [\n'a',\n5]", 1, "'image-paths' has to be a string"),
+        ("guest-latency = '5'", 1, "'guest-latency' has to be a whole number"),
+        ("guest-latency = true", 1, "'guest-latency' has to be a whole number"),
+        ("\nguest-latency = -5", 2, "--guest-latency -5: expected microseconds, 0 to 60000000"),
         ("daemonize = 'yes'", 1, "'daemonize' has to be true or false"),
         ("device = 'vda=disk.qcow2'", 1, "'device' is a table: write [[device]]"),
         ("[[device]]\nname='a'\nfilename=1979-05-27", 1, "dates and times, inf and nan mean nothing here"),

@@ -141,6 +141,12 @@ def test_pidfile_and_image_paths() -> None:
     assert (config.pidfile, config.image_paths) == ("p", ("/a", "/b"))
 
 
+def test_guest_latency() -> None:
+    assert config_of("--qmp", "q").guest_latency_us is None
+    for text in ("0", "2500", "60000000"):
+        assert config_of("--guest-latency", text).guest_latency_us == int(text)
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--qmp", "q", "--help"]])
 def test_help_wins(arguments: list[str]) -> None:
     assert parse_command_line(arguments).action is Action.HELP
@@ -150,6 +156,17 @@ def test_help_wins(arguments: list[str]) -> None:
     ("arguments", "message"),
     [
         (["--bogus"], "unrecognized option '--bogus'; see --help"),
+        (
+            ["--guest-latency", "60000001"],
+            "--guest-latency 60000001: expected microseconds, 0 to 60000000",
+        ),
+        (["--guest-latency=-1"], "--guest-latency -1: expected microseconds, 0 to 60000000"),
+        (["--guest-latency", "5ms"], "--guest-latency 5ms: expected microseconds, 0 to 60000000"),
+        (["--guest-latency", "\u00b2"], "--guest-latency \u00b2: expected microseconds, 0 to 60000000"),
+        (
+            ["--guest-latency", "1", "--guest-latency", "2"],
+            "--guest-latency option can only be given once",
+        ),
         (["disk.qcow2"], "disk.qcow2: Unexpected argument; a disk is given as --device NAME=FILE"),
         (["--blockdev"], "option '--blockdev' requires an argument"),
         (["--pidfile", "a", "--pidfile", "b"], "--pidfile option can only be given once"),

@@ -18,12 +18,20 @@ from tests.virtual_time import now, run
 CLUSTER = 64 * KIB
 
 
+class NoGuests:
+    """Nobody who could wait."""
+
+    def take(self) -> None:
+        return None
+
+
 class SlowTarget:
     """A disk of which all is missing; copying takes its time, and when it is done is written down."""
 
     def __init__(self, copy_s: float) -> None:
         self.size = 100 * GIB
         self.guest_written = 0
+        self.guest_waits = NoGuests()
         self.active = MemoryNode(0, cluster_size=CLUSTER)
         self.copies: list[tuple[float, int]] = []
         self.copy_s = copy_s
