@@ -2,7 +2,8 @@
 
 What commands take and return is slow to load: it is a hundred models and the library that makes them. A
 daemon that has to be up quickly listens and greets without them, and loads them in a thread then, so that
-guests do not wait. A request that comes before they are there does.
+guests wait for turns of that thread only, which are milliseconds. A request that comes before the commands
+are there waits for all of it.
 """
 
 import asyncio
