@@ -14,6 +14,8 @@ RUN /opt/blockd/bin/pip uninstall --yes pip
 FROM python:3.12-slim
 RUN useradd --system --uid 10001 --no-create-home blockd \
     && install --directory --owner blockd /images
+# The official image comes without compiled modules, and our user could not keep any: each start would compile.
+RUN python -m compileall -q "$(python -c 'import os; print(os.path.dirname(os.__file__))')"
 COPY --from=build /opt/blockd /opt/blockd
 ENV PATH="/opt/blockd/bin:$PATH"
 USER blockd
