@@ -98,8 +98,9 @@ async def test_a_slow_write_is_forgotten(tmp_path: Path, disk: Disk) -> None:
 
 
 def test_the_kernel_counts_waits() -> None:
-    before = own_wait_count()
+    def is_wait_counted() -> bool:
+        before = own_wait_count()
+        select.select([], [], [], 0.001)
+        return own_wait_count() > before
 
-    select.select([], [], [], 0.001)
-
-    assert own_wait_count() > before
+    assert any(is_wait_counted() for _ in range(100)), "each is, unless its time is over before it begins"
