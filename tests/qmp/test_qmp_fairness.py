@@ -34,7 +34,7 @@ class Holds:
 def ask(path: str, message: bytes) -> bytes:
     """Send a message in a session of its own and return all that is answered."""
     with socket.socket(socket.AF_UNIX) as client:
-        client.settimeout(100)
+        client.settimeout(1000)  # for 64 MiB on a busy machine
         client.connect(path)
         sender = threading.Thread(target=client.sendall, args=(NEGOTIATE + message + END,))
         sender.start()
