@@ -116,12 +116,12 @@ class FileEnd:
             end = self.size + length
             if self._is_room_due and not self._direct_count and self._lacks_room(end):
                 self._is_used = True
-                self._reserve_locked(fd, end)
+                self._reserve_locked(fd, self.size, end)
             self._is_room_due = False
 
     @contextlib.contextmanager
-    def room(self, fd: int, end: int) -> Iterator[None]:
-        """Have room up to `end`, and for some of what follows, if there can be, for a direct write inside.
+    def room(self, fd: int, start: int, end: int) -> Iterator[None]:
+        """Have room for a direct write from `start` to `end`, and for some of what follows, if there can be.
 
         Reserving has to wait for all direct writes to the file. Waiting for them here keeps guests out of
         nothing; in the kernel it would keep them from writing.
@@ -133,7 +133,7 @@ class FileEnd:
             while self._direct_count and self._lacks_room(end):
                 self._room_lock.wait()
             if self._lacks_room(end):
-                self._reserve_locked(fd, end)
+                self._reserve_locked(fd, start, end)
             self._direct_count += 1
         try:
             yield
@@ -145,8 +145,10 @@ class FileEnd:
     def _lacks_room(self, end: int) -> bool:
         return end > max(self.size, self._room_end) and not self._has_no_room
 
-    def _reserve_locked(self, fd: int, end: int) -> None:
+    def _reserve_locked(self, fd: int, write_start: int, end: int) -> None:
         start, free = max(self.size, self._room_end), _free_length(fd)
+        if write_start - start > ROOM_LENGTH:
+            start = write_start  # far behind the end, as the image says: what is between stays a hole
         room_end = end + max(ROOM_LENGTH, min(self._room_length, free // FREE_SHARE_MAX))
         if free < FREE_LENGTH_MIN or _libc.fallocate(fd, 0, start, room_end - start):
             self._has_no_room = True  # there is no such call here, or the disk is nearly full

@@ -268,7 +268,7 @@ class FileNode(ProtocolNode):
         self._end.begin()
         try:
             if self._cold.can_write(self._fd, offset, len(data)):
-                with self._room(offset + len(data)):
+                with self._room(offset, len(data)):
                     written = self._cold.write(offset, data)
         finally:
             self._end.finish(offset, written)
@@ -290,7 +290,7 @@ class FileNode(ProtocolNode):
         written = 0
         self._end.begin()
         try:
-            with self._room(offset + length):
+            with self._room(offset, length):
                 written = self._cold.pass_pages(offset, source._fd, source_offset, length)
         finally:
             self._end.finish(offset, written)
@@ -299,8 +299,10 @@ class FileNode(ProtocolNode):
     def _wants_room_nowait(self, end: int) -> bool:
         return self.is_longer_allowed and self._end.wants_room_nowait(end)
 
-    def _room(self, end: int) -> AbstractContextManager[None]:
-        return self._end.room(self._fd, end) if self.is_longer_allowed else contextlib.nullcontext()
+    def _room(self, offset: int, length: int) -> AbstractContextManager[None]:
+        if not self.is_longer_allowed:
+            return contextlib.nullcontext()
+        return self._end.room(self._fd, offset, offset + length)
 
     def start_writeback_blocking(self, offset: int, length: int) -> None:
         _libc.sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)

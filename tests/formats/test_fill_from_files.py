@@ -16,7 +16,7 @@ from blockd.formats.qcow2.image import Qcow2Image
 from blockd.protocols import cold, native_aio
 from blockd.protocols import file as file_module
 from blockd.protocols.file import FileNode
-from blockd.units import KIB, MIB
+from blockd.units import GIB, KIB, MIB
 from tests import chains, qemu_img
 from tests.chains import Chain, read_all
 
@@ -248,7 +248,7 @@ def test_room_stays_while_somebody_writes_behind_the_end(
         end = cold.FileEnd(0)
         end.begin()
         end.begin()
-        with end.room(opened.fileno(), 4096):
+        with end.room(opened.fileno(), 0, 4096):
             pass
         end.finish(0, 4096)
         end.give_back(opened.fileno())
@@ -281,16 +281,26 @@ def test_room_is_reserved_while_nothing_is_written_directly(
         real_wait()
 
     def write_behind_the_room() -> None:
-        with end.room(0, 4096 + cold.ROOM_LENGTH + 4096):
+        with end.room(0, 0, 4096 + cold.ROOM_LENGTH + 4096):
             waits_or_is_done.set()
 
     monkeypatch.setattr(end._room_lock, "wait", wait)
     other = threading.Thread(target=write_behind_the_room)
-    with end.room(0, 4096), end.room(0, 4096 + cold.ROOM_LENGTH):  # for both there is room at once
+    with end.room(0, 0, 4096), end.room(0, 0, 4096 + cold.ROOM_LENGTH):  # for both there is room at once
         other.start()
         waits_or_is_done.wait()
     other.join()
     assert direct_counts == [0, 0]
+
+
+async def test_no_room_is_reserved_before_what_is_written_far_behind_the_end(tmp_path: Path) -> None:
+    """Where that is the image says, whose refcounts may be spoiled: the gap stays a hole."""
+    path = tmp_path / "file"
+    node = await open_file(path)
+    node.write_cold_blocking(4 * GIB, memoryview(bytearray(1 * MIB)))
+    assert path.stat().st_blocks * 512 < 2 * cold.ROOM_LENGTH
+    await node.close()
+    assert path.stat().st_size == 4 * GIB + 1 * MIB
 
 
 def test_room_grows_with_what_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -307,7 +317,7 @@ def test_room_grows_with_what_is_written(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(cold, "_free_length", lambda fd: free)
     end = cold.FileEnd(0)
     for _ in range(5):
-        with end.room(0, end._room_end + 1):
+        with end.room(0, 0, end._room_end + 1):
             pass
     assert lengths == [1 + factor * cold.ROOM_LENGTH for factor in (1, 2, 4, 4, 4)]
 
@@ -319,7 +329,7 @@ def test_nothing_is_reserved_on_a_disk_that_is_nearly_full(
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
-        with end.room(opened.fileno(), 4096):
+        with end.room(opened.fileno(), 0, 4096):
             assert os.fstat(opened.fileno()).st_size == 0
 
 
@@ -329,7 +339,7 @@ def test_loop_does_not_wait_while_room_is_cut_off(tmp_path: Path, monkeypatch: p
     with (tmp_path / "file").open("w+b") as opened:
         end = cold.FileEnd(0)
         end.begin()
-        with end.room(opened.fileno(), 4096):
+        with end.room(opened.fileno(), 0, 4096):
             pass
         end.finish(0, 4096)
         monkeypatch.setattr(os, "ftruncate", lambda *_: found.append(end.begin_nowait()))

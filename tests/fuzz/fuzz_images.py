@@ -33,8 +33,6 @@ from tests.inline_threads import immediate_threads
 COUNT = 2000
 MEMORY_MAX = 256 * MIB
 ANSWER_S_MAX = 1.0
-# A file that is written so far out that its tables cannot be meant.
-FILE_LENGTH_MAX = 256 * MIB
 # One image takes milliseconds: this is for those that would never end.
 HANG_S = 100
 BYSTANDERS_EVERY = 200

@@ -23,7 +23,7 @@ from blockd.errors import BlockdError
 from blockd.formats.check_report import Repair
 from blockd.jobs.states import JobStatus
 from blockd.protocols.file import FileNode
-from blockd.units import KIB, SECTOR_SIZE, align_up
+from blockd.units import KIB, MIB, SECTOR_SIZE, align_up
 from tests.fuzz.image_arena import Arena
 from tests.fuzz.image_seeds import BASE
 from tests.streaming import streaming
@@ -36,6 +36,8 @@ MAP_COUNT, READ_LENGTH, READ_COUNT = 64, 128 * KIB, 24
 # So often the loop goes round for a stream; what is not done then is cancelled.
 STREAM_ROUNDS = 400
 MESSAGE_LENGTH_MAX = 8 * KIB
+# What the image may take of the disk, wherever its tables lead.
+SPACE_MAX = 256 * MIB
 _NUMBERS = re.compile(r"0x[0-9a-f]+|\d+")
 _NAMES = re.compile(r"'[^']*'")
 # Fields and structures of images, at least one of which every error names.
@@ -84,6 +86,7 @@ class Ordeal:
                 await step(self, image_format, random)
             except BlockdError as error:
                 self._judge(error)
+            assert self._arena.disk.stat().st_blocks * 512 < SPACE_MAX, f"{step.__name__} fills the disk"
             is_as_put = not changes
             assert changes or self._is_as_put(content, length), f"{step.__name__} changed the image"
         assert _open_descriptors() == descriptors, "a file stayed open"
