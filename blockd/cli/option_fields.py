@@ -25,26 +25,27 @@ PORT_MAX = 65535
 _UINT32_END = 1 << 32
 
 
-def _is_decimal(value: str) -> bool:
-    return value.isascii() and value.isdigit()
+def is_decimal(value: str) -> bool:
+    """Whether a text is a number without a sign, and no longer than one that can be meant."""
+    return value.isascii() and value.isdigit() and len(value) < 20
 
 
 def port_number(word: str) -> int:
     """A TCP port."""
-    if not (_is_decimal(word) and int(word) <= PORT_MAX):
+    if not (is_decimal(word) and int(word) <= PORT_MAX):
         raise RequestError(f"'{word}' is not a port number (0 to {PORT_MAX})")
     return int(word)
 
 
 def _port(value: object, place: Place) -> int:
     """QEMU writes port numbers as strings."""
-    return port_number(value) if isinstance(value, str) else integer(value, place)
+    return port_number(value if isinstance(value, str) else str(integer(value, place)))
 
 
 def _descriptor(value: object, place: Place) -> int:
     if not isinstance(value, str):
         return integer(value, place)
-    if not _is_decimal(value):
+    if not is_decimal(value):
         raise RequestError(f"Unable to parse FD number {value}")
     return int(value)
 

@@ -20,6 +20,7 @@ from blockd.cli.option_fields import (
     NODE_DEVICE,
     SOCKET_CHARDEV,
     STDIO_CHARDEV,
+    is_decimal,
     made,
     port_number,
 )
@@ -123,7 +124,7 @@ class _Gathered(NamedTuple):
     def _take_once(self, name: str, value: str, place: str = "") -> None:
         if name in self.once:
             raise RequestError(f"{place and place + ': '}{name} option can only be given once")
-        if name == "--guest-latency" and not _is_latency(value):
+        if name == "--guest-latency" and not (is_decimal(value) and int(value) <= GUEST_LATENCY_US_MAX):
             raise RequestError(
                 f"{place and place + ': '}{name} {value}: expected microseconds, 0 to {GUEST_LATENCY_US_MAX}"
             )
@@ -138,10 +139,6 @@ class _Gathered(NamedTuple):
             self._take_once(name, value, said.places[name])
         self.image_paths.extend(said.image_paths)
         self.options.extend(said.options)
-
-
-def _is_latency(text: str) -> bool:
-    return text.isascii() and text.isdigit() and len(text) < 20 and int(text) <= GUEST_LATENCY_US_MAX
 
 
 def _is_utf8(text: str) -> bool:

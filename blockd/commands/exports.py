@@ -67,8 +67,12 @@ class FdListener(Members):
         server.listen_fd(_number(self.data.str, "str"))
 
 
+# No number of a port or a descriptor is this long.
+NUMBER_LENGTH_END = 20
+
+
 def _number(text: str, name: str) -> int:
-    if not (text.isascii() and text.isdigit()):
+    if not (text.isascii() and text.isdigit() and len(text) < NUMBER_LENGTH_END):
         raise RequestError(f"Parameter 'addr.data.{name}' is not a number: '{text}'")
     return int(text)
 

@@ -180,6 +180,11 @@ def test_help_wins(arguments: list[str]) -> None:
             "starting with a letter",
         ),
         (["--device", "a=d,zap=1"], "--device a=d,zap=1: Parameter 'zap' is unexpected"),
+        (
+            ["--nbd-server", '{"addr": {"type": "inet", "host": "localhost", "port": 65536}}'],
+            '--nbd-server {"addr": {"type": "inet", "host": "localhost", "port": 65536}}: '
+            "'65536' is not a port number (0 to 65535)",
+        ),
         (["--nbd", "localhost:x"], "--nbd localhost:x: 'x' is not a port number (0 to 65535)"),
         (
             ["--chardev", "socket,id=c"],

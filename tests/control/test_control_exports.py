@@ -126,6 +126,10 @@ async def test_server_on_a_tcp_port(tmp_path: Path) -> None:
         await client.command("nbd-server-stop")
         wrong = {"type": "inet", "data": {"host": "127.0.0.1", "port": "nbd"}}
         assert "is not a number" in (await refusal(client, "nbd-server-start", addr=wrong))[1]
+        wrong["data"] = {"host": "127.0.0.1", "port": "65536"}
+        assert "the last port is 65535" in (await refusal(client, "nbd-server-start", addr=wrong))[1]
+        wrong["data"] = {"host": "127.0.0.1", "port": "1" * 5000}
+        assert "is not a number" in (await refusal(client, "nbd-server-start", addr=wrong))[1]
         right = {"type": "inet", "data": {"host": "127.0.0.1", "port": "0"}}
         await client.command("nbd-server-start", addr=right)
         assert daemon.services.exports.server is not None

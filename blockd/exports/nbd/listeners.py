@@ -10,6 +10,7 @@ from pathlib import Path
 from blockd.errors import RequestError
 
 # Clients that may wait to be accepted; beyond it the kernel refuses them.
+PORT_MAX = 65535
 BACKLOG = 128
 
 
@@ -83,6 +84,8 @@ async def listen_tcp(host: str, port: int) -> list[Listener]:
 
     Raises:   RequestError: an address is not a loopback address, unknown or in use.
     """
+    if port > PORT_MAX:
+        raise RequestError(f"Could not listen on '{host}' port {port}: the last port is {PORT_MAX}")
     loop = asyncio.get_running_loop()
     try:
         found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
