@@ -158,15 +158,3 @@ async def test_as_large_as_may_be(qmp_path: str, unit: bytes) -> None:
     answers, longest_s = await answers_and_hold(qmp_path, message)
     assert len(answers) > 64 * MIB - 100
     assert longest_s < HOLD_MAX_S
-
-
-async def test_others_are_answered_meanwhile(qmp_path: str) -> None:
-    """Seen from outside: sessions come and go while a message of 1 MiB is read."""
-    message = with_id(string(rb"\u00e9", MIB))
-    slow = asyncio.create_task(asyncio.to_thread(ask, qmp_path, message))
-    count = 0
-    while not slow.done():
-        await asyncio.to_thread(ask, qmp_path, b"")
-        count += 1
-    assert count > 10
-    assert b"return" in await slow
