@@ -1,7 +1,6 @@
 """The throttle driver and its groups in a whole daemon."""
 
 import asyncio
-import time
 from pathlib import Path
 
 import pytest
@@ -97,15 +96,13 @@ async def test_switch_under_a_throttled_guest(tmp_path: Path) -> None:
     copy = qemu_img.create(tmp_path / "copy.qcow2", 2 * len(chain.content), backing=chain.active)
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
-        await throttled(client, chain.active, iops_total=1)
+        await throttled(client, chain.active, bps_total=1)
         guest = await daemon.guest("th")
         daemon.services.devices.add("vda", daemon.services.graph["th"])
-        await guest.read(0, 512)
+        await guest.read(0, CLUSTER)
         async with asyncio.TaskGroup() as tasks:
             slow = tasks.create_task(guest.write(0, b"slow"))
-            started = time.monotonic()
-            await client.command("block_switch", device="vda", filename=str(copy))
-            assert time.monotonic() - started < 0.9
+            await client.command("block_switch", device="vda", filename=str(copy))  # not 65536 s later
             await slow
         assert await snapshot_of(daemon) == ["throttle", "qcow2", "file"]
         device = daemon.services.devices.get("vda")
