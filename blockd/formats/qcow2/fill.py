@@ -7,12 +7,13 @@ copy never overwrites one.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
 from blockd.formats.copying import Part, copy_parts, split_zeroes
+from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO
 from blockd.formats.qcow2.metadata import Metadata
@@ -20,14 +21,6 @@ from blockd.units import align_up
 
 if TYPE_CHECKING:
     from blockd.formats.qcow2.image import Qcow2Image
-
-
-class Piece(NamedTuple):
-    """Neighbouring empty clusters of the guest, and where their copy goes; no run: all zeroes."""
-
-    offset: int
-    cluster_count: int
-    run: Run | None
 
 
 async def fill(
@@ -55,7 +48,7 @@ async def fill(
             await in_thread(_write_zeroes, parts, zero_clusters, image.cluster_size)
             zero_clusters = set()
     except BaseException:
-        _give_back(metadata, pieces)
+        give_back_pieces(pieces, _giving_back(metadata))
         raise
     return await _publish(metadata, pieces, zero_clusters, is_wanted)
 
@@ -85,19 +78,19 @@ async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> 
     try:
         while cluster_count:
             run = await metadata.allocate(cluster_count)
-            pieces.append(Piece(start, run.cluster_count, run))
+            pieces.append(Piece(start, run.cluster_count, run.host_offset))
             start += run.cluster_count << bits
             cluster_count -= run.cluster_count
     except BaseException:
-        _give_back(metadata, pieces)
+        give_back_pieces(pieces, _giving_back(metadata))
         raise
     return pieces
 
 
 def _parts(image: "Qcow2Image", piece: Piece, *, keep_cached: bool) -> Iterator[Part]:
     """What is copied for a piece: nothing if it is all zeroes."""
-    if piece.run is not None:
-        host_offset = piece.run.host_offset
+    host_offset = piece.host_offset
+    if host_offset is not None:
         write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
         yield Part(
             piece.offset,
@@ -116,10 +109,8 @@ def _write_zeroes(parts: list[Part], zero_clusters: set[int], cluster_size: int)
                 part.write(position, cluster)
 
 
-def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
-    for piece in pieces:
-        if piece.run is not None:
-            metadata.allocator.give_back(piece.run)
+def _giving_back(metadata: Metadata) -> GiveBack:
+    return lambda host_offset, cluster_count: metadata.allocator.give_back(Run(host_offset, cluster_count))
 
 
 # -- publishing -------------------------------------------------------------------------------
@@ -129,58 +120,41 @@ async def _publish(
     metadata: Metadata, pieces: list[Piece], zero_clusters: set[int], is_wanted: Callable[[int], bool]
 ) -> FillCounts:
     """Put the copies into the map; what is not published is given back."""
-    copied = zeroed = dropped = 0
-    size = metadata.header.cluster_size
-    waiting = pieces[::-1]
-    try:
-        while waiting:
-            piece, rest = _split_at_table(waiting[-1], metadata)
-            await metadata.writable_table(piece.offset >> metadata.mapping.table_bits)
-            counts = _publish_piece(metadata, piece, zero_clusters, is_wanted)
-            waiting[-1:] = [rest] if rest is not None else []
-            copied, zeroed, dropped = copied + counts[0], zeroed + counts[1], dropped + counts[2]
-    except BaseException:
-        _give_back(metadata, waiting)
-        raise
-    return FillCounts(copied * size, zeroed * size, dropped * size)
+    mapping = metadata.mapping
 
+    async def publish(piece: Piece) -> FillCounts:
+        await metadata.writable_table(piece.offset >> mapping.table_bits)
+        return _publish_piece(metadata, piece, zero_clusters, is_wanted)
 
-def _split_at_table(piece: Piece, metadata: Metadata) -> tuple[Piece, Piece | None]:
-    """The part of a piece that one L2 table maps, and the rest."""
-    bits, table_bits = metadata.header.cluster_bits, metadata.mapping.table_bits
-    count = ((((piece.offset >> table_bits) + 1) << table_bits) - piece.offset) >> bits
-    if count >= piece.cluster_count:
-        return piece, None
-    first = second = None
-    if piece.run is not None:
-        first = Run(piece.run.host_offset, count)
-        second = Run(piece.run.host_offset + (count << bits), piece.cluster_count - count)
-    rest = Piece(piece.offset + (count << bits), piece.cluster_count - count, second)
-    return Piece(piece.offset, count, first), rest
+    return await publish_pieces(
+        pieces, mapping.cluster_bits, mapping.table_bits, publish, _giving_back(metadata)
+    )
 
 
 def _publish_piece(
     metadata: Metadata, piece: Piece, zero_clusters: set[int], is_wanted: Callable[[int], bool]
-) -> tuple[int, int, int]:
-    """Publish a piece that one table in memory maps; returns the clusters copied, zeroed and dropped."""
+) -> FillCounts:
+    """Publish a piece that one table in memory maps."""
     mapping, size = metadata.mapping, metadata.header.cluster_size
     l1_index = piece.offset >> mapping.table_bits
     table = mapping.tables[l1_index]
     index = (piece.offset >> mapping.cluster_bits) & mapping.index_mask
     entries = table.entries[index : index + piece.cluster_count].tolist()
-    counts = [0, 0, 0]
+    copied = zeroed = dropped = 0
     for number, old in enumerate(entries):
         offset = piece.offset + number * size
-        is_zero = piece.run is None or offset in zero_clusters
+        host_offset = None if piece.host_offset is None else piece.host_offset + number * size
+        is_zero = host_offset is None or offset in zero_clusters
         is_dropped = bool(old & (OFFSET_MASK | COMPRESSED | ZERO)) or not is_wanted(offset)
-        if piece.run is not None and (is_zero or is_dropped):
-            metadata.allocator.give_back(Run(piece.run.host_offset + number * size, 1))
+        if host_offset is not None and (is_zero or is_dropped):
+            metadata.allocator.give_back(Run(host_offset, 1))
         if is_dropped:
-            counts[2] += 1
-            continue
-        counts[is_zero] += 1
-        entries[number] = (
-            ZERO if is_zero or piece.run is None else (piece.run.host_offset + number * size) | COPIED
-        )
+            dropped += 1
+        elif host_offset is None or is_zero:
+            zeroed += 1
+            entries[number] = ZERO
+        else:
+            copied += 1
+            entries[number] = host_offset | COPIED
     mapping.set_entries(l1_index, table, index, entries)
-    return counts[0], counts[1], counts[2]
+    return FillCounts(copied, zeroed, dropped)

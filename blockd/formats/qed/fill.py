@@ -8,12 +8,13 @@ copy, and a copy never overwrites one.
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
 from blockd.formats.copying import Part, Read, copy_parts, source_reader, split_zeroes
+from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qed.allocator import Run
 from blockd.formats.qed.large_clusters import BUFFER_LENGTH, copy_blocking
 from blockd.formats.qed.mapping import UNALLOCATED, ZERO
@@ -22,14 +23,6 @@ from blockd.units import align_up
 
 if TYPE_CHECKING:
     from blockd.formats.qed.image import QedImage
-
-
-class Piece(NamedTuple):
-    """Neighbouring empty clusters of the guest, and where their copy is; no run: all zeroes."""
-
-    offset: int
-    cluster_count: int
-    run: Run | None
 
 
 async def fill(
@@ -58,7 +51,7 @@ async def fill(
         zero_clusters = await copy.run(parts, offset, source) if parts else set()
         pieces += [Piece(cluster, 1, None) for cluster in zero_clusters]
     except BaseException:
-        _give_back(metadata, pieces)
+        give_back_pieces(pieces, _giving_back(metadata))
         raise
     return await _publish(metadata, sorted(pieces), is_wanted)
 
@@ -101,7 +94,7 @@ class _Copy:
 
     def _allocate(self, offset: int, cluster_count: int) -> Run:
         run = self._allocator.allocate(cluster_count)
-        self._pieces.append(Piece(offset, run.cluster_count, run))
+        self._pieces.append(Piece(offset, run.cluster_count, run.host_offset))
         return run
 
     def _copy_large_blocking(self, parts: list[Part], read: Read) -> set[int]:
@@ -125,10 +118,8 @@ def _read_at(read: Read, start: int, position: int, buffer: memoryview) -> None:
     read(start + position, buffer)
 
 
-def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
-    for piece in pieces:
-        if piece.run is not None:
-            metadata.allocator.give_back(piece.run)
+def _giving_back(metadata: Metadata) -> GiveBack:
+    return lambda host_offset, cluster_count: metadata.allocator.give_back(Run(host_offset, cluster_count))
 
 
 # -- publishing -------------------------------------------------------------------------------
@@ -136,40 +127,19 @@ def _give_back(metadata: Metadata, pieces: list[Piece]) -> None:
 
 async def _publish(metadata: Metadata, pieces: list[Piece], is_wanted: Callable[[int], bool]) -> FillCounts:
     """Put the copies into the map; what is not published is given back."""
-    copied = zeroed = dropped = 0
-    size = metadata.header.cluster_size
-    waiting = pieces[::-1]
-    try:
-        while waiting:
-            piece, rest = _split_at_page(waiting[-1], metadata)
-            await metadata.writable_page(piece.offset >> metadata.mapping.page_bits)
-            counts = _publish_piece(metadata, piece, is_wanted)
-            waiting[-1:] = [rest] if rest is not None else []
-            copied, zeroed, dropped = copied + counts[0], zeroed + counts[1], dropped + counts[2]
-    except BaseException:
-        _give_back(metadata, waiting)
-        raise
-    return FillCounts(copied * size, zeroed * size, dropped * size)
+    mapping = metadata.mapping
+
+    async def publish(piece: Piece) -> FillCounts:
+        await metadata.writable_page(piece.offset >> mapping.page_bits)
+        return _publish_piece(metadata, piece, is_wanted)
+
+    return await publish_pieces(
+        pieces, mapping.cluster_bits, mapping.page_bits, publish, _giving_back(metadata)
+    )
 
 
-def _split_at_page(piece: Piece, metadata: Metadata) -> tuple[Piece, Piece | None]:
-    """The part of a piece that one page maps, and the rest."""
-    bits, page_bits = metadata.mapping.cluster_bits, metadata.mapping.page_bits
-    count = ((((piece.offset >> page_bits) + 1) << page_bits) - piece.offset) >> bits
-    if count >= piece.cluster_count:
-        return piece, None
-    first = second = None
-    if piece.run is not None:
-        first = Run(piece.run.host_offset, count)
-        second = Run(piece.run.host_offset + (count << bits), piece.cluster_count - count)
-    rest = Piece(piece.offset + (count << bits), piece.cluster_count - count, second)
-    return Piece(piece.offset, count, first), rest
-
-
-def _publish_piece(
-    metadata: Metadata, piece: Piece, is_wanted: Callable[[int], bool]
-) -> tuple[int, int, int]:
-    """Publish a piece that one page in memory maps; returns the clusters copied, zeroed and dropped."""
+def _publish_piece(metadata: Metadata, piece: Piece, is_wanted: Callable[[int], bool]) -> FillCounts:
+    """Publish a piece that one page in memory maps."""
     mapping, size = metadata.mapping, metadata.header.cluster_size
     number = piece.offset >> mapping.page_bits
     page = mapping.pages[number]
@@ -177,13 +147,13 @@ def _publish_piece(
     entries = page.entries[index : index + piece.cluster_count].tolist()
     dropped = 0
     for position, old in enumerate(entries):
-        host_offset = piece.run.host_offset + position * size if piece.run is not None else ZERO
+        host_offset = ZERO if piece.host_offset is None else piece.host_offset + position * size
         if old == UNALLOCATED and is_wanted(piece.offset + position * size):
             entries[position] = host_offset
             continue
         dropped += 1
-        if piece.run is not None:
+        if piece.host_offset is not None:
             metadata.allocator.give_back(Run(host_offset, 1))
     mapping.set_entries(number, page, index, entries)
     stored = piece.cluster_count - dropped
-    return (stored, 0, dropped) if piece.run is not None else (0, stored, dropped)
+    return FillCounts(0, stored, dropped) if piece.host_offset is None else FillCounts(stored, 0, dropped)
