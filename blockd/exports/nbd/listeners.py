@@ -9,8 +9,8 @@ from pathlib import Path
 
 from blockd.errors import RequestError
 
-# Clients that may wait to be accepted; beyond it the kernel refuses them.
 PORT_MAX = 65535
+# Clients that may wait to be accepted; beyond it the kernel refuses them.
 BACKLOG = 128
 
 
