@@ -33,6 +33,7 @@ class ExitStatus(IntEnum):
     CANCELLED = 3
     NO_CONNECTION = 4
     INTERRUPTED = 130
+    READER_GONE = 141  # what a shell says of a program that SIGPIPE ended
 
 
 _EXIT_STATUS = {

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable, Coroutine, Sequence
 
@@ -24,6 +25,7 @@ exit status:
   3    the stream was cancelled
   4    no connection to the daemon, or it was lost
   130  Ctrl-C; a stream that was started goes on
+  141  whoever read the output has left, as in `| head`; a stream that was started goes on
 
 examples:
   blockctl stream vda --wait                      copy all that is missing, and wait for it
@@ -42,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if getattr(options, "watch", False) and options.device is None:
         parser.error("--watch needs a DEVICE")
+    try:
+        return _run(options)
+    except BrokenPipeError:
+        # What is still in the buffer would be tried again at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitStatus.READER_GONE
+
+
+def _run(options: argparse.Namespace) -> int:
     action: Action = options.action
     try:
         return asyncio.run(action(options))

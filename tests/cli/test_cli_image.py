@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -229,6 +231,17 @@ def test_map_as_a_table(image: Run, disk: Path) -> None:
     assert (status, output) == (0, qemu("qemu-img", "map", disk.name))
     lines = image("map", "middle.qcow2")[1].splitlines()
     assert lines[-1] == f"{'0x100000':<16}{'0x10000':<16}{'(compressed)':<16}middle.qcow2"
+
+
+@pytest.mark.parametrize("name", ["disk.qcow2", "missing.qcow2"])
+def test_reader_that_has_enough_is_met_without_a_traceback(disk: Path, name: str) -> None:
+    """As in `blockctl image map disk.qcow2 | head -1`."""
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, "-m", "blockd.cli.blockctl", "image", "map", "--json", name]
+    with os.fdopen(write_end, "wb") as output:
+        done = subprocess.run(command, cwd=disk.parent, stdout=output, stderr=subprocess.PIPE, check=False)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 # -- convert ----------------------------------------------------------------------------------
