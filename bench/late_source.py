@@ -3,8 +3,9 @@
     python -m bench.late_source --rounds 3
 
 The base is behind the `faults` driver, which delays every read of it. A guest writes at a steady pace, a
-fixed number of writes to random places, parts of clusters or whole ones, while a stream without a speed limit
-runs. After each run the image must hold what the guest wrote, and the base's data everywhere else.
+fixed number of writes to random places, parts of clusters or whole ones, while a stream runs. Its speed is
+one that the latest source can hold, so that it copies beside every write, and nothing but the delay differs.
+After each run the image must hold what the guest wrote, and the base's data everywhere else.
 """
 
 import argparse
@@ -20,11 +21,13 @@ from rich.table import Table
 
 from bench.lab import DATA_SIZE, Lab
 from bench.peers import BLOCKD, Image, Running, running
-from blockd.units import KIB
+from blockd.units import KIB, MIB
 
 FOLDER = Path(__file__).parent
 DELAYS_MS = (0, 10, 100, 1000)
 BLOCKS = {"4 KiB, parts of clusters": 4 * KIB, "64 KiB, whole clusters": 64 * KIB}
+STREAM_SPEED = 8 * MIB
+# No more in all than wait for the latest source at once.
 WRITE_COUNT = 240
 WRITES_PER_S = 20
 PATTERN = bytes.fromhex("b10cd0ff")
@@ -49,7 +52,7 @@ def _p99_us(lab: Lab, delay_ms: int, block: int) -> float:
     base = _LateImage(lab.raw_base.path, "raw", delay_ms=delay_ms)
     overlay = lab.overlay(base)
     with running(BLOCKD, overlay, lab.folder) as daemon:
-        daemon.qmp.command("block-stream", {"job-id": "stream", "device": "disk"})
+        daemon.qmp.command("block-stream", {"job-id": "stream", "device": "disk", "speed": STREAM_SPEED})
         p99_us = _write(daemon, block)
         if daemon.qmp.command("query-jobs"):
             daemon.qmp.command("block-job-cancel", {"device": "stream"})

@@ -9,8 +9,8 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Enough for several copies, guest requests and syncs at once; past that the disk is the queue.
-IO_THREAD_COUNT = 16
+# Enough for the copies of several streams, guest requests and syncs at once; past that the disk is the queue.
+IO_THREAD_COUNT = 32
 
 
 def io_executor() -> ThreadPoolExecutor:

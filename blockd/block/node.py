@@ -196,21 +196,6 @@ class ProtocolNode(BlockNode, BlockingSource):
             self.write_blocking(offset, bytes(count))
             offset += count
 
-    def takes_pages_of(self, source: "BlockNode | BlockingSource | None") -> bool:
-        """Whether it is worth trying to `pass_pages_blocking` from `source`."""
-        return False
-
-    def pass_pages_blocking(
-        self, offset: int, source: "BlockNode | BlockingSource | None", source_offset: int, length: int
-    ) -> int:
-        """Write cold what `source` holds, without its bytes passing through here.
-
-        Returns how much of it, from its start, was written; the rest cannot be written like this.
-
-        Needs:    `takes_pages_of(source)`.
-        """
-        return 0
-
     @abstractmethod
     def punch_hole_blocking(self, offset: int, length: int) -> None:
         """Free the space of a range, which then reads as zeroes; where that cannot be, write zeroes."""

@@ -1,41 +1,31 @@
 """Copying for a fill: read, look for zeroes, write; one thread hop for all of it.
 
 Every format fills the same way and differs in where the copy goes. So a part of the range comes with
-a function that writes to it, and only that function knows about host offsets. What may go from file to
-file without being touched here does (passing.py).
+a function that writes to it, and only that function knows about host offsets.
 """
 
-import ctypes
-import threading
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from blockd.aio import in_thread
-from blockd.block.node import BlockNode, ProtocolNode, Segment
+from blockd.block.node import BlockNode, Segment
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
-from blockd.formats.passing import pass_pages
+from blockd.formats.copy_memory import copy_memory
 from blockd.units import align_down, align_up
-
-# What writing past the page cache asks of memory.
-MEMORY_ALIGNMENT = 4096
 
 # Fills a buffer with what the guest finds from an offset on.
 Read = Callable[[int, memoryview], None]
-
-_scratch = threading.local()
 
 
 class Part(NamedTuple):
     """Neighbouring clusters of the guest that are copied at once.
 
-    `write` takes a position in the part, and whole clusters that are to be written there. `pages_to`:
-    in which file that is, and where the part begins there, if pages may be passed there as they are.
+    `write` takes a position in the part, and whole clusters that are to be written there.
     """
 
     offset: int
     length: int
     write: Callable[[int, memoryview], None]
-    pages_to: tuple[ProtocolNode, int] | None = None
 
 
 def split_zeroes(
@@ -71,10 +61,7 @@ async def copy_parts(cluster_size: int, parts: list[Part], offset: int, source: 
 
     Cancel:   takes effect when the thread is done.
     """
-    read = await source_reader(offset, source)
-    if not can_read_blocking(source):
-        parts = [part._replace(pages_to=None) for part in parts]
-    return await in_thread(_copy_blocking, cluster_size, parts, offset, source, read)
+    return await in_thread(_copy_blocking, cluster_size, parts, await source_reader(offset, source))
 
 
 async def source_reader(offset: int, source: list[Segment]) -> Read:
@@ -99,66 +86,25 @@ async def source_reader(offset: int, source: list[Segment]) -> Read:
     return read
 
 
-def _copy_blocking(
-    cluster_size: int, parts: list[Part], offset: int, source: list[Segment], read: Read
-) -> set[int]:
+def _copy_blocking(cluster_size: int, parts: list[Part], read: Read) -> set[int]:
     zero_clusters: set[int] = set()
     for part in parts:
-        position = 0
-        if part.pages_to is not None:
-            stored = clipped(source, part.offset - offset, part.length)
-            position = _pass_pages(part, part.pages_to, stored, cluster_size, zero_clusters)
-        if position < part.length:
-            _copy_rest(cluster_size, part, position, read, zero_clusters)
+        with copy_memory.lent(part.length) as buffer:
+            read(part.offset, buffer)
+            start = 0
+            for cluster in _zero_clusters(buffer, cluster_size):
+                zero_clusters.add(part.offset + cluster)
+                if start < cluster:
+                    part.write(start, buffer[start:cluster])
+                start = cluster + cluster_size
+            if start < part.length:
+                part.write(start, buffer[start:])
     return zero_clusters
 
 
-def _pass_pages(
-    part: Part,
-    target: tuple[ProtocolNode, int],
-    stored: list[Segment],
-    cluster_size: int,
-    zero_clusters: set[int],
-) -> int:
-    """Pass pages from the part's start as far as that can be; returns up to where."""
-    zeroes: set[int] = set()
-    position = pass_pages(*target, stored, cluster_size, zeroes)
-    zero_clusters.update(part.offset + position for position in zeroes)
-    return position
-
-
-def _copy_rest(cluster_size: int, part: Part, position: int, read: Read, zero_clusters: set[int]) -> None:
-    """Read and write a part from `position` on."""
-    length = part.length - position
-    buffer, first = _scratch_buffer(length)
-    view = memoryview(buffer)[first : first + length]
-    read(part.offset + position, view)
-    start = 0
-    for cluster in _zero_clusters(buffer, first, length, cluster_size):
-        zero_clusters.add(part.offset + position + cluster)
-        if start < cluster:
-            part.write(position + start, view[start:cluster])
-        start = cluster + cluster_size
-    if start < length:
-        part.write(position + start, view[start:])
-
-
-def _zero_clusters(buffer: bytearray, first: int, length: int, cluster_size: int) -> Iterator[int]:
+def _zero_clusters(buffer: memoryview, cluster_size: int) -> Iterator[int]:
     """The positions of all-zero clusters; comparing stops at the first byte that differs."""
     zero_cluster = bytes(cluster_size)
-    for position in range(0, length, cluster_size):
-        if buffer.startswith(zero_cluster, first + position):
+    for position in range(0, len(buffer), cluster_size):
+        if zero_cluster.startswith(buffer[position : position + cluster_size]):
             yield position
-
-
-def _scratch_buffer(length: int) -> tuple[bytearray, int]:
-    """This thread's buffer, and where in it an aligned part of `length` bytes begins.
-
-    Kept, because memory that was used before is much faster than new memory.
-    """
-    scratch: tuple[bytearray, int] | None = getattr(_scratch, "buffer", None)
-    if scratch is None or len(scratch[0]) < length + MEMORY_ALIGNMENT:
-        buffer = bytearray(length + MEMORY_ALIGNMENT)
-        address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
-        scratch = _scratch.buffer = (buffer, -address % MEMORY_ALIGNMENT)
-    return scratch

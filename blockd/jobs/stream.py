@@ -25,10 +25,11 @@ from blockd.units import GIB, MIB, align_down
 
 log = logging.getLogger(__name__)
 
-# What one copy takes, how many run at once, both at most, and how much one round of the loop takes.
+# What one copy takes, how many run at once, both at most, and how much one round of the loop takes. Half of
+# the copies prepare while the disk has the others; at the end of a round it has nothing to do.
 COPY_LENGTH = 4 * MIB
-COPY_COUNT = 4
-WINDOW_LENGTH = 64 * MIB
+COPY_COUNT = 6
+WINDOW_LENGTH = 512 * MIB
 # How many maps one round looks at: a sparse terabyte is walked without holding others up.
 SCAN_COUNT = 64
 # With a speed limit, a round copies what the limit allows in this time.

@@ -1,13 +1,11 @@
 """Writing past the page cache: what a stream copies, which nobody is expected to read soon.
 
-It costs less than writing through the cache and evicts nothing that guests need. Three things make
+It costs less than writing through the cache and evicts nothing that guests need. Two things make
 it fast, and each can be missing, on a filesystem or in a container that does not have it:
 
     O_DIRECT     no copy into the page cache, and no write-back to wait for at the end
     room         space reserved behind the file's end: a filesystem lets writes into it go on side by
                  side, but one at a time when each makes the file longer
-    pages        the pages of another file's cache are mapped and handed to the disk as they are, so
-                 that no byte of them is touched by the processor
 
 Guests that write to the same file meanwhile do not wait for the disk (native_aio.py). What cannot be done
 here, or fails, the caller writes the usual way, which reports what is wrong.
@@ -20,12 +18,14 @@ import threading
 from collections.abc import Iterator
 
 from blockd.protocols import native_aio
-from blockd.protocols.mapped_pages import mapped_pages
 from blockd.units import GIB, MIB
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
+# How many direct writes to one file the disk has at once. It may answer all of them together: let there be
+# more copies than this, so that those which have prepared theirs meanwhile go on at once.
+DIRECT_WRITE_COUNT = 3
 # What O_DIRECT asks of memory, offsets and lengths on every filesystem and device that has it.
 DIRECT_ALIGNMENT = 4096
 # How much is reserved at first, and at most: each time it is twice as much. What is not used is given back.
@@ -183,8 +183,8 @@ class ColdWriter:
 
     def __init__(self) -> None:
         self._direct_fd = _NOT_OPENED
-        self._can_pass_pages = True
         self._lock = threading.Lock()
+        self._writes = threading.Semaphore(DIRECT_WRITE_COUNT)
 
     def can_write(self, fd: int, *bounds: int) -> bool:
         """Whether it can be tried: O_DIRECT is there, and these offsets and lengths are right for it."""
@@ -205,24 +205,8 @@ class ColdWriter:
         if not view or view.readonly:
             return 0  # there is no address to be had
         memory = ctypes.c_char.from_buffer(view)
-        return native_aio.write_blocking(self._direct_fd, offset, ctypes.addressof(memory), len(view))
-
-    @property
-    def can_pass_pages(self) -> bool:
-        """Whether `pass_pages` has not failed so far."""
-        return self._can_pass_pages and self._direct_fd != _NO_DIRECT
-
-    def pass_pages(self, offset: int, source_fd: int, source_offset: int, length: int) -> int:
-        """Write what another file holds; tells how much of it, from its start, was written.
-
-        Needs:    `can_write`.
-        """
-        written = 0
-        with contextlib.suppress(OSError), mapped_pages(source_fd, source_offset, length) as address:
-            written = native_aio.write_blocking(self._direct_fd, offset, address, length)
-        if not written:
-            self._can_pass_pages = False
-        return written
+        with self._writes:
+            return native_aio.write_blocking(self._direct_fd, offset, ctypes.addressof(memory), len(view))
 
     def close_blocking(self) -> None:
         """Let go of everything; a later write opens it again.

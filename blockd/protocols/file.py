@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
-from blockd.block.node import BlockingSource, BlockNode, Buffer, ProtocolNode
+from blockd.block.node import Buffer, ProtocolNode
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
@@ -274,27 +274,6 @@ class FileNode(ProtocolNode):
             self._end.finish(offset, written)
         if written < len(data):
             super().write_cold_blocking(offset + written, memoryview(data)[written:])
-
-    def takes_pages_of(self, source: BlockNode | BlockingSource | None) -> bool:
-        return isinstance(source, FileNode) and self._cold.can_pass_pages
-
-    def pass_pages_blocking(
-        self, offset: int, source: BlockNode | BlockingSource | None, source_offset: int, length: int
-    ) -> int:
-        self._require_writable()
-        assert isinstance(source, FileNode), "asked for by `takes_pages_of`"
-        is_possible = self._cold.can_write(self._fd, offset, source_offset, length)
-        if not is_possible or source_offset + length > source.size:
-            return 0
-        self._require_length_before(offset + length)
-        written = 0
-        self._end.begin()
-        try:
-            with self._room(offset, length):
-                written = self._cold.pass_pages(offset, source._fd, source_offset, length)
-        finally:
-            self._end.finish(offset, written)
-        return written
 
     def _wants_room_nowait(self, end: int) -> bool:
         return self.is_longer_allowed and self._end.wants_room_nowait(end)

@@ -1,10 +1,11 @@
 """Copies that go from file to file, into room behind the end: the same bytes, whatever of it is missing."""
 
-import errno
 import math
 import os
+import queue
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -76,7 +77,7 @@ async def test_cluster_that_only_begins_with_zeroes_is_copied(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("number", range(4))
-async def test_fill_where_pages_stop_being_taken(
+async def test_fill_where_direct_writes_stop_working(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     chain = await make_chain(tmp_path)
@@ -84,7 +85,7 @@ async def test_fill_where_pages_stop_being_taken(
     await assert_filled(chain)
 
 
-async def test_fill_where_only_a_part_of_the_pages_is_taken(
+async def test_fill_where_only_a_part_is_written_directly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Less than a cluster, so that the rest of that is written too."""
@@ -94,16 +95,6 @@ async def test_fill_where_only_a_part_of_the_pages_is_taken(
         return real(fd, offset, address, length - 4096)
 
     monkeypatch.setattr(native_aio, "write_blocking", write_most)
-    await assert_filled(chain)
-
-
-async def test_fill_where_pages_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = await make_chain(tmp_path)
-
-    def refuse(*_: int) -> None:
-        raise OSError(errno.ENODEV, "not on this filesystem")
-
-    monkeypatch.setattr(cold, "mapped_pages", refuse)
     await assert_filled(chain)
 
 
@@ -152,6 +143,37 @@ async def test_source_that_was_cut_short_is_an_error(tmp_path: Path) -> None:
             await fill(image)
         [extent] = await image.map(0, 10 * CLUSTER_SIZE)
         assert extent.kind is Kind.UNALLOCATED
+
+
+def test_direct_writes_are_prepared_while_the_disk_has_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk has so many at once, and gets the next one as soon as one is over."""
+    is_over = threading.Semaphore(0)
+    under_way: list[int] = []
+    began: queue.Queue[int] = queue.Queue()
+
+    def write_blocking(_fd: int, offset: int, _address: int, length: int) -> int:
+        under_way.append(offset)
+        began.put(len(under_way))
+        is_over.acquire()
+        under_way.remove(offset)
+        return length
+
+    monkeypatch.setattr(native_aio, "write_blocking", write_blocking)
+    count = 2 * cold.DIRECT_WRITE_COUNT
+    with (tmp_path / "file").open("w+b") as opened, ThreadPoolExecutor(count) as threads:
+        writer = cold.ColdWriter()
+        assert writer.can_write(opened.fileno(), 0)
+        done = [threads.submit(writer.write, 4096 * number, bytearray(4096)) for number in range(count)]
+        at_once = [began.get() for _ in range(cold.DIRECT_WRITE_COUNT)]
+        for _ in range(count - cold.DIRECT_WRITE_COUNT):
+            is_over.release()
+            at_once.append(began.get())
+        is_over.release(cold.DIRECT_WRITE_COUNT)
+        assert [write.result() for write in done] == [4096] * count
+        writer.close_blocking()
+    assert max(at_once) == cold.DIRECT_WRITE_COUNT
 
 
 # -- the room behind the end ------------------------------------------------------------------

@@ -38,18 +38,18 @@ def leeway_after(*latencies: float | None, target_s: float = TARGET_S) -> Leeway
 @pytest.mark.parametrize(
     ("latencies", "count", "length"),
     [
-        ([], 4, 4 * MIB),
-        ([LATE], 2, 4 * MIB),
+        ([], 6, 4 * MIB),
+        ([LATE], 3, 4 * MIB),
         ([LATE] * 2, 1, 4 * MIB),
-        ([LATE] * 3, 1, 2 * MIB),
-        ([LATE] * 6, 1, 256 * KIB),
+        ([LATE] * 3, 1, 3 * MIB),
+        ([LATE] * 7, 1, 256 * KIB),
         ([LATE] * 9, 1, 256 * KIB),
         ([LATE] * 9 + [IN_TIME], 1, 256 * KIB + STEP),
         ([LATE] * 9 + [IN_TIME] * 8, 2, 4 * MIB),
-        ([LATE] * 9 + [IN_TIME] * 16, 4, 4 * MIB),
+        ([LATE] * 9 + [IN_TIME] * 24, 6, 4 * MIB),
         ([LATE] * 9 + [None] * 4, 1, 4 * MIB),
-        ([LATE] * 9 + [None] * 6, 4, 4 * MIB),
-        ([TARGET_S], 4, 4 * MIB),
+        ([LATE] * 9 + [None] * 7, 6, 4 * MIB),
+        ([TARGET_S], 6, 4 * MIB),
     ],
 )
 def test_fewer_copies_then_shorter_ones(latencies: list[float | None], count: int, length: int) -> None:
@@ -81,8 +81,8 @@ def test_longer_waits_never_leave_more(latencies: list[float | None], one: float
 
 @given(LATENCIES)
 def test_everything_comes_back(latencies: list[float | None]) -> None:
-    assert leeway_after(*latencies, *[IN_TIME] * 16).length == LENGTH_MAX
-    assert leeway_after(*latencies, *[None] * 6).length == LENGTH_MAX
+    assert leeway_after(*latencies, *[IN_TIME] * 24).length == LENGTH_MAX
+    assert leeway_after(*latencies, *[None] * 7).length == LENGTH_MAX
 
 
 def test_small_copies_are_the_smallest() -> None:
@@ -154,7 +154,7 @@ class WatchedDisk:
     """A disk of which all is missing, and a guest that waits for it as long as it is told to."""
 
     def __init__(self) -> None:
-        self.size = 64 * GIB
+        self.size = 64 * 1024 * GIB
         self.guest_written = 0
         self.active = MemoryNode(0, cluster_size=64 * KIB)
         self.guest_waits = self
@@ -192,7 +192,7 @@ class WatchedDisk:
         return self.copy_count_max, self.lengths
 
 
-@pytest.mark.parametrize("speed", [0, 1 * GIB])
+@pytest.mark.parametrize("speed", [0, 640 * MIB])
 def test_job_holds_back_while_guests_wait(speed: int) -> None:
     async def main() -> None:
         disk = WatchedDisk()
@@ -203,7 +203,7 @@ def test_job_holds_back_while_guests_wait(speed: int) -> None:
             disk.waited_s = LATE
             assert await disk.seen_in(1) == (1, {LENGTH_MIN})
             disk.waited_s = IN_TIME
-            assert await disk.seen_in(2) == (COPY_COUNT, {COPY_LENGTH})
+            assert await disk.seen_in(4) == (COPY_COUNT, {COPY_LENGTH})
             disk.waited_s = LATE
             assert await disk.seen_in(1) == (1, {LENGTH_MIN})
             disk.waited_s = None

@@ -6,9 +6,7 @@ still absent and still wanted, and their bits are set. A guest write that comes 
 absent and wins; one that comes meanwhile waits for that write, and then overwrites it.
 """
 
-import ctypes
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockd.aio import in_thread
@@ -16,7 +14,8 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, ProtocolNode, Segment
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
 from blockd.formats.add_cow.bitmap import ABSENT
-from blockd.formats.copying import MEMORY_ALIGNMENT, split_zeroes
+from blockd.formats.copy_memory import copy_memory
+from blockd.formats.copying import split_zeroes
 from blockd.units import align_up
 
 if TYPE_CHECKING:
@@ -24,25 +23,15 @@ if TYPE_CHECKING:
 
 Write = Callable[[int, memoryview], None]
 
-# Buffers that wait for the next fill: used memory is much faster than new memory.
-_BUFFER_COUNT_MAX = 4
-_buffers: list[bytearray] = []
-
 
 class Buffer(NamedTuple):
-    """Memory for the data from `offset` of the disk on, aligned; it begins at `first` of `memory`."""
+    """Memory for the data from `offset` of the disk on."""
 
-    memory: bytearray
-    first: int
     offset: int
     view: memoryview
 
     def part(self, start: int, end: int) -> memoryview:
         return self.view[start - self.offset : end - self.offset]
-
-    def starts_with(self, start: int, data: bytes) -> bool:
-        """Whether the data at `start` of the disk is this; comparing stops at the first byte that differs."""
-        return self.memory.startswith(data, self.first + start - self.offset)
 
 
 class Run(NamedTuple):
@@ -67,7 +56,8 @@ async def fill(
     absent = await _absent_ranges(overlay, offset, offset + length)
     if not absent:
         return FillCounts(0, 0, 0)
-    with _buffer(offset, length) as buffer:
+    with copy_memory.lent(length) as memory:
+        buffer = Buffer(offset, memory)
         runs = await _read(overlay, absent, source, buffer)
         file = overlay.image.file
         file.announce(FileEvent.COR_WRITE)
@@ -93,19 +83,6 @@ async def _absent_ranges(overlay: "AddCowImage", offset: int, end: int) -> list[
             ranges.append((offset, offset + count))
         offset += count
     return ranges
-
-
-@contextmanager
-def _buffer(offset: int, length: int) -> Iterator[Buffer]:
-    """Memory for `length` bytes from `offset` of the disk on."""
-    memory = _buffers.pop() if _buffers else bytearray()
-    if len(memory) < length + MEMORY_ALIGNMENT:
-        memory = bytearray(length + MEMORY_ALIGNMENT)
-    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    first = -address % MEMORY_ALIGNMENT
-    yield Buffer(memory, first, offset, memoryview(memory)[first : first + length])
-    if len(_buffers) < _BUFFER_COUNT_MAX:
-        _buffers.append(memory)
 
 
 # -- reading ----------------------------------------------------------------------------------
@@ -144,7 +121,7 @@ def _read_blocking(
         read(run.start, run.end)
         for start in range(run.start, run.end, cluster_size):
             end = min(start + cluster_size, run.end)
-            is_zero = buffer.starts_with(start, zero_cluster[: end - start])
+            is_zero = zero_cluster.startswith(buffer.part(start, end))
             _append(runs, Run(start, end, is_zero=is_zero))
     return runs
 

@@ -96,7 +96,6 @@ def _parts(image: "Qcow2Image", piece: Piece, *, keep_cached: bool) -> Iterator[
             piece.offset,
             piece.cluster_count * image.cluster_size,
             lambda position, data: write(host_offset + position, data),
-            None if keep_cached else (image.file, host_offset),
         )
 
 

@@ -123,8 +123,7 @@ class _Filling:
     def _part(self, offset: int, length: int, host_offset: int, *, keep_cached: bool) -> Part:
         file = self._writes.image.file
         write = file.write_blocking if keep_cached else file.write_cold_blocking
-        pages_to = None if keep_cached else (file, host_offset)
-        return Part(offset, length, lambda position, data: write(host_offset + position, data), pages_to)
+        return Part(offset, length, lambda position, data: write(host_offset + position, data))
 
     # -- publishing ---------------------------------------------------------------------------
 

@@ -1,0 +1,56 @@
+"""Memory that copies pass through: in huge pages, aligned, and used again.
+
+Memory that is in one piece goes to the disk in fewer and larger requests than single pages do; that makes a
+virtual disk a third faster. And memory that was used before is much faster than new memory.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import threading
+from collections.abc import Iterator
+
+from blockd.units import MIB
+
+# What a huge page asks for; writing past the page cache asks for less.
+ALIGNMENT = 2 * MIB
+# All buffers are alike, so that each serves the next copy. What nobody writes to takes no memory.
+LENGTH_MIN = 4 * MIB
+
+
+class CopyMemory:
+    """Buffers for as many copies as there are at once; when none is under way all but one go. Any thread."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+        self._lent_count = 0
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def lent(self, length: int) -> Iterator[memoryview]:
+        """Have `length` bytes, whatever is in them."""
+        with self._lock:
+            buffer = self._free.pop() if self._free else None
+            self._lent_count += 1
+        try:
+            if buffer is None or len(buffer) < length:
+                buffer = _new_buffer(max(length, LENGTH_MIN))
+            yield buffer[:length]
+        finally:
+            with self._lock:
+                self._lent_count -= 1
+                if buffer is not None:
+                    self._free.append(buffer)
+                if not self._lent_count:
+                    del self._free[1:]
+
+
+copy_memory = CopyMemory()
+
+
+def _new_buffer(length: int) -> memoryview:
+    memory = mmap.mmap(-1, length + ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    first = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % ALIGNMENT
+    return memoryview(memory)[first : first + length]
