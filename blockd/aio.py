@@ -18,6 +18,16 @@ def io_executor() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(IO_THREAD_COUNT, thread_name_prefix="blockd-io")
 
 
+class ThreadCalls:
+    """How many calls of `in_thread` are under way."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+thread_calls = ThreadCalls()
+
+
 async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """Run a blocking call in a thread and return what it returns.
 
@@ -26,11 +36,14 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
     """
     loop = asyncio.get_running_loop()
     future = loop.run_in_executor(None, lambda: call(*args, **kwargs))
+    thread_calls.count += 1
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         await _settled(future)
         raise
+    finally:
+        thread_calls.count -= 1
 
 
 async def _settled(future: asyncio.Future[T]) -> None:

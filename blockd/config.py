@@ -146,7 +146,8 @@ class Config(NamedTuple):
 
     Names inside images may lead into `image_paths`, besides the folder of the image itself. `state_dir` has
     what an earlier run was, and without options that is all there is. Streams hold back when guests' requests
-    take longer than `guest_latency_us`; 0: they never do, None: it is left to them.
+    take longer than `guest_latency_us`; 0: they never do. The NBD server polls for `nbd_poll_us` at most; 0:
+    never. None leaves it to them.
     """
 
     options: tuple[Given, ...]
@@ -154,3 +155,4 @@ class Config(NamedTuple):
     image_paths: tuple[str, ...] = ()
     state_dir: str | None = None
     guest_latency_us: int | None = None
+    nbd_poll_us: int | None = None

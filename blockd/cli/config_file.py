@@ -37,7 +37,8 @@ CONFIG_LENGTH_MAX = 4 * MIB
 _ORDER = ("object", "blockdev", "nbd-server", "nbd", "device", "export", "chardev", "monitor", "qmp", "http")
 _TABLES = ("object", "blockdev", "nbd-server", "device", "export", "chardev", "monitor")
 _ONCE = ("pidfile", "state-dir")
-_KNOWN = (*_ORDER, *_ONCE, "image-paths", "guest-latency", "daemonize")
+_NUMBERS = ("guest-latency", "nbd-poll")
+_KNOWN = (*_ORDER, *_ONCE, *_NUMBERS, "image-paths", "daemonize")
 
 # What errors call the member they are about, in QEMU's words.
 _ABOUT = re.compile(r"(?:Parameter|parameter type for) '([^']+)'")
@@ -93,8 +94,7 @@ class _Reader:
                 raise self._wrong((name,), f"unknown key '{name}'{_did_you_mean(name, _KNOWN)}")
         options = [given for name in _ORDER if name in self._document for given in self._options(name)]
         once = {name: self._text((name,), self._document[name]) for name in _ONCE if name in self._document}
-        if "guest-latency" in self._document:
-            once["guest-latency"] = self._number(("guest-latency",))
+        once |= {name: self._number((name,)) for name in _NUMBERS if name in self._document}
         if self._flag("daemonize"):
             once["daemonize"] = ""
         places = {f"--{name}": self._place((name,)) for name in once}

@@ -29,6 +29,8 @@ For people:
   --check-config                             say what is wrong with all this, open nothing, and end
   --guest-latency MICROSECONDS               streams hold back while guests wait longer for a disk than this
                                              on the average: 5000 without it, 0 for never
+  --nbd-poll MICROSECONDS                    stay awake for so long for a guest's next request while that
+                                             makes answers faster: 200 without it, 0 for never (less CPU)
   --state-dir DIR                            remember disks, exports and jobs in this folder, and go on with
                                              them after a crash or a stop; see below
 

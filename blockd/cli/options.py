@@ -7,7 +7,7 @@ Raises:   RequestError, from everything in here: "OPTION VALUE: what is wrong"; 
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from typing import NamedTuple
 
@@ -48,8 +48,9 @@ from blockd.objects import check_object
 
 DEFAULT_QMP_PATH = "blockd.qmp"
 DEFAULT_NBD_PATH = "blockd.nbd"
-# A guest that waits for longer has given up.
-GUEST_LATENCY_US_MAX = 60_000_000
+# Options whose value is a number of microseconds, and the most that each may be: a guest that waits for
+# longer has given up, and who stays awake for longer never sleeps.
+_MICROSECONDS = {"--guest-latency": 60_000_000, "--nbd-poll": 1_000}
 
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 # Options of a socket chardev that only say how QEMU goes about it.
@@ -90,16 +91,20 @@ def parse_command_line(arguments: Sequence[str], inherited: Sequence[Given] = ()
         gathered.take(name, value)
     options, once, image_paths = gathered
     all_options = tuple(options) if inherited else _with_defaults(options)
-    latency = once.get("--guest-latency")
     config = Config(
         all_options,
         once.get("--pidfile"),
         tuple(image_paths),
         once.get("--state-dir"),
-        None if latency is None else int(latency),
+        guest_latency_us=_microseconds(once, "--guest-latency"),
+        nbd_poll_us=_microseconds(once, "--nbd-poll"),
     )
     action = Action.CHECK if "--check-config" in once else Action.SERVE
     return CommandLine(action, config, is_background="--daemonize" in once)
+
+
+def _microseconds(once: Mapping[str, str], name: str) -> int | None:
+    return int(once[name]) if name in once else None
 
 
 class _Gathered(NamedTuple):
@@ -124,9 +129,10 @@ class _Gathered(NamedTuple):
     def _take_once(self, name: str, value: str, place: str = "") -> None:
         if name in self.once:
             raise RequestError(f"{place and place + ': '}{name} option can only be given once")
-        if name == "--guest-latency" and not (is_decimal(value) and int(value) <= GUEST_LATENCY_US_MAX):
+        limit_us = _MICROSECONDS.get(name)
+        if limit_us is not None and not (is_decimal(value) and int(value) <= limit_us):
             raise RequestError(
-                f"{place and place + ': '}{name} {value}: expected microseconds, 0 to {GUEST_LATENCY_US_MAX}"
+                f"{place and place + ': '}{name} {value}: expected microseconds, 0 to {limit_us}"
             )
         self.once[name] = value
 
@@ -297,9 +303,9 @@ def _check_identifier(name: str) -> None:
 
 
 _ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}
-_ONCE = ("--pidfile", "--daemonize", "--state-dir", "--guest-latency", "--check-config")
+_ONCE = ("--pidfile", "--daemonize", "--state-dir", *_MICROSECONDS, "--check-config")
 _WITHOUT_VALUE = (*_ACTIONS, "--daemonize", "--check-config")
-_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", "--guest-latency", "--config")
+_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", *_MICROSECONDS, "--config")
 
 _HANDLERS: dict[str, Callable[[str], Option]] = {
     "--blockdev": _blockdev,

@@ -31,6 +31,7 @@ from blockd.devices.exports import Exports
 from blockd.devices.streams import Streams
 from blockd.drivers import NodeGraph
 from blockd.errors import BlockdError, RequestError
+from blockd.exports.nbd.polling import POLL_S
 from blockd.jobs.manager import JobManager
 from blockd.jobs.stream import GUEST_LATENCY_S
 from blockd.objects import Objects
@@ -94,7 +95,7 @@ class Daemon:
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         devices = Devices(graph)
         teller = EventTeller(events)
-        exports = Exports(devices, tasks, teller.export_deleted)
+        exports = Exports(devices, tasks, teller.export_deleted, _seconds(config.nbd_poll_us, POLL_S))
         stack.push_async_callback(_close_exports, exports)
         jobs = await stack.enter_async_context(JobManager(teller, self._recorder.record_end))
 
@@ -102,7 +103,7 @@ class Daemon:
             qmp.stop()  # what was sent after `quit` is not run
             self.stop()
 
-        streams = Streams(devices, jobs, _guest_latency_s(config))
+        streams = Streams(devices, jobs, _seconds(config.guest_latency_us, GUEST_LATENCY_S))
         services = Services(graph, devices, streams, jobs, exports, events, quit_, objects)
         qmp = await stack.enter_async_context(QmpServer(self._load_commands, events, services))
         self._recorder.watch(services, qmp.is_heard)
@@ -156,8 +157,8 @@ class Daemon:
             await recorder.save()
 
 
-def _guest_latency_s(config: Config) -> float:
-    return GUEST_LATENCY_S if config.guest_latency_us is None else config.guest_latency_us / 1e6
+def _seconds(microseconds: int | None, otherwise: float) -> float:
+    return otherwise if microseconds is None else microseconds / 1e6
 
 
 @contextmanager

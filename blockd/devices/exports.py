@@ -9,6 +9,7 @@ from blockd.block.node import BlockNode
 from blockd.devices.device import Device, Devices
 from blockd.errors import ErrorKind, RequestError
 from blockd.exports.nbd.export import Export
+from blockd.exports.nbd.polling import POLL_S
 from blockd.exports.nbd.server import CONNECTION_COUNT_MAX, NbdServer
 from blockd.jobs.manager import is_well_formed
 
@@ -23,11 +24,18 @@ class Offer(NamedTuple):
 class Exports:
     """The NBD server, when it runs, and what it exports."""
 
-    def __init__(self, devices: Devices, tasks: asyncio.TaskGroup, on_deleted: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        devices: Devices,
+        tasks: asyncio.TaskGroup,
+        on_deleted: Callable[[str], None],
+        poll_s: float = POLL_S,
+    ) -> None:
         self._devices = devices
         self._tasks = tasks
         # Told the id of an export when it and its clients are gone.
         self._on_deleted = on_deleted
+        self._poll_s = poll_s
         self._offers: dict[str, Offer] = {}
         self.server: NbdServer | None = None
         # One change at a time; taken before `Devices.changing`.
@@ -46,7 +54,9 @@ class Exports:
         """
         if self.server is not None:
             raise RequestError("NBD server already running")
-        self.server = NbdServer(self._tasks, max_connections=max_connections or CONNECTION_COUNT_MAX)
+        self.server = NbdServer(
+            self._tasks, max_connections=max_connections or CONNECTION_COUNT_MAX, poll_s=self._poll_s
+        )
         return self.server
 
     async def stop_server(self) -> None:

@@ -34,6 +34,7 @@ def test_a_file_means_what_its_command_line_means(tmp_path: Path) -> None:
         state-dir = "state"
         image-paths = ["/a", "/b"]
         guest-latency = 2500
+        nbd-poll = 100
         daemonize = true
         qmp = ["q1", "q2"]
         nbd = "localhost:10809"
@@ -70,7 +71,7 @@ def test_a_file_means_what_its_command_line_means(tmp_path: Path) -> None:
     expected = parse_command_line(
         [
             *("--state-dir", "state", "--daemonize", "--image-paths", "/a", "--image-paths", "/b"),
-            *("--guest-latency", "2500"),
+            *("--guest-latency", "2500", "--nbd-poll", "100"),
             *("--object", "iothread,id=t"),
             *("--blockdev", "qcow2,node-name=top,file.driver=file,file.filename=a,,b"),
             *("--nbd", "localhost:10809"),
@@ -147,6 +148,7 @@ def _file(folder: Path, text: str) -> str:
         ("qmp = 5", 1, "'qmp' has to be a string"),
         ("image-paths = [\n'a',\n5]", 1, "'image-paths' has to be a string"),
         ("guest-latency = '5'", 1, "'guest-latency' has to be a whole number"),
+        ("nbd-poll = 1.5", 1, "'nbd-poll' has to be a whole number"),
         ("guest-latency = true", 1, "'guest-latency' has to be a whole number"),
         ("\nguest-latency = -5", 2, "--guest-latency -5: expected microseconds, 0 to 60000000"),
         ("daemonize = 'yes'", 1, "'daemonize' has to be true or false"),

@@ -141,10 +141,13 @@ def test_pidfile_and_image_paths() -> None:
     assert (config.pidfile, config.image_paths) == ("p", ("/a", "/b"))
 
 
-def test_guest_latency() -> None:
-    assert config_of("--qmp", "q").guest_latency_us is None
+def test_microseconds() -> None:
+    config = config_of("--qmp", "q")
+    assert (config.guest_latency_us, config.nbd_poll_us) == (None, None)
     for text in ("0", "2500", "60000000"):
         assert config_of("--guest-latency", text).guest_latency_us == int(text)
+    for text in ("0", "50", "1000"):
+        assert config_of("--nbd-poll", text).nbd_poll_us == int(text)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["-h"], ["--qmp", "q", "--help"]])
@@ -160,6 +163,8 @@ def test_help_wins(arguments: list[str]) -> None:
             ["--guest-latency", "60000001"],
             "--guest-latency 60000001: expected microseconds, 0 to 60000000",
         ),
+        (["--nbd-poll", "1001"], "--nbd-poll 1001: expected microseconds, 0 to 1000"),
+        (["--nbd-poll", "0", "--nbd-poll", "0"], "--nbd-poll option can only be given once"),
         (["--guest-latency=-1"], "--guest-latency -1: expected microseconds, 0 to 60000000"),
         (["--guest-latency", "5ms"], "--guest-latency 5ms: expected microseconds, 0 to 60000000"),
         (["--guest-latency", "\u00b2"], "--guest-latency \u00b2: expected microseconds, 0 to 60000000"),

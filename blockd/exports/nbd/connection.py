@@ -22,6 +22,7 @@ from blockd.errors import BlockdError, PeerError
 from blockd.exports.nbd.export import Export, Terms
 from blockd.exports.nbd.handshake import Handshake
 from blockd.exports.nbd.memory import RequestMemory
+from blockd.exports.nbd.polling import Polling
 from blockd.exports.nbd.receive_buffer import OwnBuffer, ReceiveBuffer
 from blockd.exports.nbd.requests import answer, counter_of, refusal, refuse, refuse_inside
 from blockd.extents import Kind
@@ -52,9 +53,12 @@ _HEADER_SIZE = wire.REQUEST.size
 class Connection(asyncio.BufferedProtocol):
     """The server's side of one connection."""
 
-    def __init__(self, exports: Mapping[str, Export], memory: RequestMemory, name: str) -> None:
+    def __init__(
+        self, exports: Mapping[str, Export], memory: RequestMemory, polling: Polling, name: str
+    ) -> None:
         self.name = name
         self._memory = memory
+        self._polling = polling
         self._loop = asyncio.get_running_loop()
         self._tasks = asyncio.TaskGroup()
         self._in_flight: set[asyncio.Task[None]] = set()
@@ -192,6 +196,7 @@ class Connection(asyncio.BufferedProtocol):
             else:
                 self._transport.writelines(replies)
             replies.clear()
+            self._polling.turn_done()
         if self._unsent and self._is_writable:
             self._memory.release(self._unsent)
             self._unsent = 0

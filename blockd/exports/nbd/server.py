@@ -11,6 +11,7 @@ from blockd.exports.nbd.connection import Connection
 from blockd.exports.nbd.export import Export
 from blockd.exports.nbd.listeners import Listener, listen_fd, listen_tcp, listen_unix
 from blockd.exports.nbd.memory import RequestMemory
+from blockd.exports.nbd.polling import POLL_S, Polling
 from blockd.units import KIB
 from blockd.wire.nbd.constants import NAME_LENGTH_MAX
 
@@ -39,12 +40,14 @@ class NbdServer:
         *,
         max_connections: int = CONNECTION_COUNT_MAX,
         haggling_limit_s: float = HAGGLING_LIMIT_S,
+        poll_s: float = POLL_S,
     ) -> None:
         self.exports: dict[str, Export] = {}
         self.max_connections = max_connections
         self._haggling_limit_s = haggling_limit_s
         self._tasks = tasks
         self._memory = RequestMemory()
+        self._polling = Polling(poll_s)
         self._slots = asyncio.Semaphore(max_connections)
         self._listeners: dict[Listener, asyncio.Task[None]] = {}
         self._connections: dict[Connection, asyncio.Task[None]] = {}
@@ -117,7 +120,7 @@ class NbdServer:
         self._accepted_count += 1
         if sock.family == socket.AF_UNIX:  # the others size themselves
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_SIZE)
-        connection = Connection(self.exports, self._memory, str(self._accepted_count))
+        connection = Connection(self.exports, self._memory, self._polling, str(self._accepted_count))
         task = self._tasks.create_task(connection.run(sock, self._haggling_limit_s))
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._forget(connection))
