@@ -1,5 +1,6 @@
 """Filesystems whose content is in a file, where they can be mounted; and what files share there."""
 
+import contextlib
 import fcntl
 import os
 import struct
@@ -23,27 +24,45 @@ _EXTENT_COUNT_MAX = 4096
 
 
 class Place(NamedTuple):
-    """A folder, and whether it is on the filesystem that was asked for."""
+    """A folder, and the file with the filesystem that it is on; None: it could not be mounted."""
 
     path: Path
-    is_mounted: bool
+    content: Path | None
+
+    @property
+    def is_mounted(self) -> bool:
+        return self.content is not None
+
+    def after_power_cut(self, copy: Path) -> None:
+        """Copy the filesystem as it is on its disk now, without what it has in memory."""
+        assert self.content is not None, "it is mounted"
+        _run("cp", "--sparse=always", self.content, copy)
 
 
 @contextmanager
 def mounted(kind: str, folder: Path) -> Iterator[Place]:
     """A new filesystem: as root, where the kernel has it and no sandbox forbids it; else just `folder`."""
-    content, path = folder / f"{kind}.filesystem", folder / kind
-    path.mkdir()
+    content = folder / f"{kind}.filesystem"
     with content.open("wb") as opened:
         opened.truncate(SIZE)
+    with contextlib.ExitStack() as stack:
+        try:
+            _run(f"mkfs.{kind}", "-q", content)
+            path = stack.enter_context(mounted_again(content))
+        except (OSError, subprocess.CalledProcessError):
+            yield Place(folder, None)
+        else:
+            yield Place(path, content)
+
+
+@contextmanager
+def mounted_again(content: Path) -> Iterator[Path]:
+    """The filesystem in a file, mounted."""
+    path = content.with_suffix("")
+    path.mkdir()
+    _run("mount", "-o", "loop", content, path)
     try:
-        _run(f"mkfs.{kind}", "-q", content)
-        _run("mount", "-o", "loop", content, path)
-    except (OSError, subprocess.CalledProcessError):
-        yield Place(folder, is_mounted=False)
-        return
-    try:
-        yield Place(path, is_mounted=True)
+        yield path
     finally:
         _run("umount", "--lazy", path)  # also when a test that failed has left files open
 

@@ -1,6 +1,7 @@
 """Streams on filesystems where files can share blocks: nothing is copied that can be shared."""
 
 import random
+from pathlib import Path
 
 import pytest
 
@@ -10,7 +11,7 @@ from blockd.protocols.nbd_client import NbdClient
 from blockd.units import KIB, MIB
 from tests import chains, layers, qemu_img
 from tests.conftest import StartDaemon
-from tests.filesystems import Place, shared_bytes
+from tests.filesystems import Place, mounted, mounted_again, shared_bytes
 from tests.guest import Guest
 from tests.layers import Layer
 from tests.model import ModelDisk
@@ -79,6 +80,24 @@ async def test_every_format_shares_blocks(reflink_place: Place, image_format: st
     if image_format != "add-cow":  # whose guest has the raw image by now
         async with layers.opened(active, image_format, read_only=True) as disk:
             assert await chains.read_all(disk.node) == content
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["xfs", "btrfs"])
+async def test_what_is_shared_outlives_a_power_cut(tmp_path: Path, kind: str) -> None:
+    """It is on the disk when the stream has completed, though the base has never been synced."""
+    after = tmp_path / "after.filesystem"
+    with mounted(kind, tmp_path) as place:
+        chain = await chains.make(place.path, [BASE, "-" * len(BASE)], CLUSTER, "raw")
+        async with layers.opened(chain.active, "qcow2") as disk:
+            await disk.stream(None)
+            if not place.is_mounted:
+                return
+            place.after_power_cut(after)
+    with mounted_again(after) as path:
+        active = path / chain.active.name
+        qemu_img.assert_sound(active)
+        assert qemu_img.content(active) == chain.content
 
 
 def test_convert_shares_blocks(reflink_place: Place) -> None:
