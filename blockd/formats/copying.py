@@ -91,7 +91,7 @@ async def source_reader(offset: int, source: list[Segment]) -> Read:
 class Target(NamedTuple):
     """The file that parts are copied into.
 
-    `keep_cached`: they will be read soon, so they go through the page cache.
+    `keep_cached`: they will be read soon, so they go through the page cache, and are not cloned.
     """
 
     file: ProtocolNode
@@ -101,8 +101,8 @@ class Target(NamedTuple):
     async def copy(self, parts: list[Part], offset: int, source: list[Segment]) -> set[int]:
         """Copy the source, which begins at guest offset `offset`, into the parts.
 
-        Clusters that are all zeroes are not written; returns their guest offsets. What the source lacks at
-        the end of the last cluster is zeroes.
+        Clusters that are all zeroes are not written, unless they are cloned; returns their guest offsets.
+        What the source lacks at the end of the last cluster is zeroes.
 
         Cancel:   takes effect when the thread is done.
         """

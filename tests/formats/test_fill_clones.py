@@ -97,7 +97,6 @@ async def test_what_the_guest_is_about_to_read_is_copied(image_format: str) -> N
 
 @pytest.mark.parametrize("image_format", [name for name in FORMATS if name != "raw"])
 async def test_clusters_that_got_content_meanwhile_stay(image_format: str) -> None:
-    """Of a fill, and of one that comes too late for any cluster."""
     image, file = filled = await make(image_format, await raw_base())
     await image.write(2 * CLUSTER, b"g" * CLUSTER)
     await filled.fill(lambda offset: offset != 4 * CLUSTER)
