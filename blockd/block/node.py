@@ -162,6 +162,8 @@ class ProtocolNode(BlockNode, BlockingSource):
     failed: StorageError | None = None
     # Set by a format whose tables tell what is in use: for speed the file may be longer than that.
     is_longer_allowed = False
+    # Cleared by who copies to find zeroes: what is cloned is not looked at.
+    may_clone = True
 
     def announce(self, event: FileEvent) -> None:
         """Hear what the format above is about to do; for nodes that inject faults. Any thread."""

@@ -279,7 +279,9 @@ class FileNode(ProtocolNode):
             super().write_cold_blocking(offset + written, memoryview(data)[written:])
 
     def can_clone_blocking(self, source: Source, *bounds: int) -> bool:
-        return isinstance(source, FileNode) and self._cloner.can_clone(self._fd, source._fd, *bounds)
+        if not self.may_clone or not isinstance(source, FileNode):
+            return False
+        return self._cloner.can_clone(self._fd, source._fd, *bounds)
 
     def clone_blocking(self, source: Source, source_offset: int, offset: int, length: int) -> bool:
         self._require_writable()

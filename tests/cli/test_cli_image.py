@@ -339,7 +339,6 @@ def test_convert_of_odd_sizes(image: Run, tmp_path: Path, target_format: str, si
     assert qemu_img.content(tmp_path / "copy", target_format) == b"x" * size
 
 
-@pytest.mark.usefixtures("without_cloning")
 def test_convert_to_raw_is_sparse(image: Run, tmp_path: Path) -> None:
     """What is zero takes no space, whether the source knows that or has to be read."""
     Path("source.raw").write_bytes(b"x" * 65536 + bytes(10 << 20) + b"y" * 65536 + bytes(1 << 20))
