@@ -1,12 +1,15 @@
 """Fixtures that all tests share."""
 
+import errno
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from blockd.protocols import reflink
 from tests.daemon_process import DaemonProcess
+from tests.filesystems import Place, mounted
 
 # Whose tests all run daemons or QEMU's programs.
 SLOW_ROOMS = {"badinput", "differential", "examples", "interop", "iotests_ideas", "kill", "locks", "state"}
@@ -43,3 +46,19 @@ async def start_daemon(tmp_path: Path) -> AsyncIterator[StartDaemon]:
         if daemon.is_running:
             await daemon.stop()
         assert "Traceback" not in daemon.stderr, daemon.stderr
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def reflink_place(
+    request: pytest.FixtureRequest, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> Iterator[Place]:
+    """A filesystem where files can share blocks, if it can be mounted; the report says so."""
+    with mounted(request.param, tmp_path) as place:
+        record_property("is_mounted", place.is_mounted)
+        yield place
+
+
+@pytest.fixture
+def without_cloning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies are made on any filesystem, and looked at for zeroes."""
+    monkeypatch.setattr(reflink, "_clone_range", lambda *_: errno.EOPNOTSUPP)

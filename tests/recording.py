@@ -11,7 +11,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from blockd.block.node import Buffer, ProtocolNode
+from blockd.block.node import Buffer, ProtocolNode, Source
 from blockd.units import SECTOR_SIZE, align_down, align_up
 
 
@@ -177,6 +177,29 @@ class RecordingFile(ProtocolNode):
 
     async def close(self) -> None:
         """The memory stays for the test."""
+
+
+class CloningFile(RecordingFile):
+    """A recorded file that shares blocks with others; until the next sync, clones can be lost as writes."""
+
+    def __init__(self, content: bytes = b"", name: str = "cloned.qcow2") -> None:
+        super().__init__(content, name)
+        self.cloned_bytes = 0
+        # Clones fail though all said that they can be.
+        self.is_failing = False
+
+    def can_clone_blocking(self, source: Source, *bounds: int) -> bool:
+        return isinstance(source, RecordingFile)
+
+    def clone_blocking(self, source: Source, source_offset: int, offset: int, length: int) -> bool:
+        assert isinstance(source, RecordingFile), "it was asked for others too"
+        data = bytes(source.disk[source_offset : source_offset + length])
+        if self.is_failing or len(data) < length:
+            self.write_blocking(offset, bytes(length // 2))  # anything may be there now
+            return False
+        self.cloned_bytes += length
+        self.write_blocking(offset, data)
+        return True
 
 
 class Timeline:

@@ -41,7 +41,7 @@ class Segment(NamedTuple):
     """Where `length` bytes of a disk are stored: at `offset` of `source`; no source means zeroes."""
 
     length: int
-    source: "BlockNode | BlockingSource | None"
+    source: "Source | None"
     offset: int
 
 
@@ -147,6 +147,10 @@ class BlockNode(ABC):
         """Flush, and let go of the files; idempotent. The nodes below are closed by their owner."""
 
 
+# What a segment is read from.
+Source = BlockNode | BlockingSource
+
+
 class ProtocolNode(BlockNode, BlockingSource):
     """Where bytes live: a node whose operations are also there as blocking calls for threads.
 
@@ -158,6 +162,8 @@ class ProtocolNode(BlockNode, BlockingSource):
     failed: StorageError | None = None
     # Set by a format whose tables tell what is in use: for speed the file may be longer than that.
     is_longer_allowed = False
+    # Cleared by who copies to find zeroes: what is cloned is not looked at.
+    may_clone = True
 
     def announce(self, event: FileEvent) -> None:
         """Hear what the format above is about to do; for nodes that inject faults. Any thread."""
@@ -187,6 +193,20 @@ class ProtocolNode(BlockNode, BlockingSource):
         """Write data that nobody is expected to read soon, and get it on its way to the disk."""
         self.write_blocking(offset, data)
         self.start_writeback_blocking(offset, len(data))
+
+    def can_clone_blocking(self, source: Source, *bounds: int) -> bool:
+        """Whether it is worth trying to clone from `source`, at offsets and lengths that are these.
+
+        Not where a node is in between, of this file or of the source: it is to see everything.
+        """
+        return False
+
+    def clone_blocking(self, source: Source, source_offset: int, offset: int, length: int) -> bool:
+        """Make a range hold what `source` does without copying it, growing the file if needed.
+
+        False: it cannot be done, and the range may hold anything; copying finds out why.
+        """
+        return False
 
     def allocate_blocking(self, offset: int, length: int) -> None:
         """Take the space of a range that holds nothing yet and reads as zeroes; the file reaches its end."""

@@ -1,31 +1,44 @@
-"""Copying for a fill: read, look for zeroes, write; one thread hop for all of it.
+"""Copying for a fill: clone, or read, look for zeroes, write; one thread hop for all of it.
 
 Every format fills the same way and differs in where the copy goes. So a part of the range comes with
-a function that writes to it, and only that function knows about host offsets.
+a function that tells where in the file it goes, when it is known that it goes anywhere.
+
+Where files can share blocks (reflink), clusters that lie whole in one segment of the source are cloned. They
+are not looked at for zeroes: that would mean to read them, and zeroes that are shared take no space.
 """
 
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from blockd.aio import in_thread
-from blockd.block.node import BlockNode, Segment
+from blockd.block.node import BlockNode, Buffer, ProtocolNode, Segment, Source
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
 from blockd.formats.copy_memory import copy_memory
-from blockd.units import align_down, align_up
+from blockd.units import KIB, align_down, align_up
+
+# With less than this cloned at a time, copying is faster (and the file is in fewer pieces).
+CLONE_LENGTH_MIN = 64 * KIB
 
 # Fills a buffer with what the guest finds from an offset on.
 Read = Callable[[int, memoryview], None]
+# Where clusters of a part go: from a position in it and a length to a host offset, and how much goes there.
+Place = Callable[[int, int], tuple[int, int]]
 
 
 class Part(NamedTuple):
-    """Neighbouring clusters of the guest that are copied at once.
+    """Neighbouring clusters of the guest that are copied at once; the last one may end where the disk does.
 
-    `write` takes a position in the part, and whole clusters that are to be written there.
+    `place` is asked at most once for each of them.
     """
 
     offset: int
     length: int
-    write: Callable[[int, memoryview], None]
+    place: Place
+
+
+def placed_at(host_offset: int) -> Place:
+    """Where a part goes whose clusters are neighbours in the file, too."""
+    return lambda position, length: (host_offset + position, length)
 
 
 def split_zeroes(
@@ -53,17 +66,6 @@ def split_zeroes(
         yield position, end, False
 
 
-async def copy_parts(cluster_size: int, parts: list[Part], offset: int, source: list[Segment]) -> set[int]:
-    """Copy the source, which begins at guest offset `offset`, into the parts.
-
-    Clusters that are all zeroes are not written; returns their guest offsets. What the source lacks at
-    the end of the last cluster is zeroes.
-
-    Cancel:   takes effect when the thread is done.
-    """
-    return await in_thread(_copy_blocking, cluster_size, parts, await source_reader(offset, source))
-
-
 async def source_reader(offset: int, source: list[Segment]) -> Read:
     """A function for threads that reads the source by guest offset; past its end there are zeroes.
 
@@ -86,20 +88,107 @@ async def source_reader(offset: int, source: list[Segment]) -> Read:
     return read
 
 
-def _copy_blocking(cluster_size: int, parts: list[Part], read: Read) -> set[int]:
-    zero_clusters: set[int] = set()
-    for part in parts:
-        with copy_memory.lent(part.length) as buffer:
-            read(part.offset, buffer)
+class Target(NamedTuple):
+    """The file that parts are copied into.
+
+    `keep_cached`: they will be read soon, so they go through the page cache, and are not cloned.
+    """
+
+    file: ProtocolNode
+    cluster_size: int
+    keep_cached: bool
+
+    async def copy(self, parts: list[Part], offset: int, source: list[Segment]) -> set[int]:
+        """Copy the source, which begins at guest offset `offset`, into the parts.
+
+        Clusters that are all zeroes are not written, unless they are cloned; returns their guest offsets.
+        What the source lacks at the end of the last cluster is zeroes.
+
+        Cancel:   takes effect when the thread is done.
+        """
+        if not parts:
+            return set()
+        read = await source_reader(offset, source)
+        return await in_thread(self._copy_parts_blocking, parts, offset, source, read)
+
+    def split(
+        self, start: int, end: int, source_offset: int, source: list[Segment]
+    ) -> Iterator[tuple[int, int, Segment | None]]:
+        """Split a range of clusters by whether they can be cloned, from the segment that is told.
+
+        `source_offset`: where the plan begins.
+        """
+        rest = position = start
+        for segment in clipped(source, start - source_offset, end - start):
+            low = align_up(position, self.cluster_size)
+            high = align_down(position + segment.length, self.cluster_size)
+            offset = segment.offset + low - position
+            position += segment.length
+            if high - low >= CLONE_LENGTH_MIN and self._can_clone(segment.source, offset):
+                if rest < low:
+                    yield rest, low, None
+                yield low, high, Segment(high - low, segment.source, offset)
+                rest = high
+        if rest < end:
+            yield rest, end, None
+
+    def _can_clone(self, source: Source | None, offset: int) -> bool:
+        if self.keep_cached or source is None:
+            return False
+        return self.file.can_clone_blocking(source, offset, self.cluster_size)
+
+    def clone_blocking(self, segment: Segment, host_offset: int) -> bool:
+        """Clone what `split` has told, or a part of it that is whole clusters."""
+        assert segment.source is not None, "zeroes are not cloned"
+        return self.file.clone_blocking(segment.source, segment.offset, host_offset, segment.length)
+
+    def write_blocking(self, host_offset: int, data: Buffer) -> None:
+        write = self.file.write_blocking if self.keep_cached else self.file.write_cold_blocking
+        write(host_offset, data)
+
+    def write_part_blocking(self, part: Part, position: int, data: memoryview) -> None:
+        """Write whole clusters to where they go."""
+        while data:
+            host_offset, length = part.place(position, len(data))
+            self.write_blocking(host_offset, data[:length])
+            position, data = position + length, data[length:]
+
+    def _copy_parts_blocking(
+        self, parts: list[Part], offset: int, source: list[Segment], read: Read
+    ) -> set[int]:
+        zero_clusters: set[int] = set()
+        for part in parts:
+            for start, end, segment in self.split(part.offset, part.offset + part.length, offset, source):
+                if segment is None:
+                    zero_clusters.update(self._copy_blocking(part, start, end, read))
+                else:
+                    self._clone_blocking(part, start, segment, read)
+        return zero_clusters
+
+    def _copy_blocking(self, part: Part, offset: int, end: int, read: Read) -> Iterator[int]:
+        """Copy a range of clusters of a part; yields the offsets of those that are all zeroes."""
+        with copy_memory.lent(end - offset) as buffer:
+            read(offset, buffer)
             start = 0
-            for cluster in _zero_clusters(buffer, cluster_size):
-                zero_clusters.add(part.offset + cluster)
+            for cluster in _zero_clusters(buffer, self.cluster_size):
+                yield offset + cluster
                 if start < cluster:
-                    part.write(start, buffer[start:cluster])
-                start = cluster + cluster_size
-            if start < part.length:
-                part.write(start, buffer[start:])
-    return zero_clusters
+                    self.write_part_blocking(part, offset - part.offset + start, buffer[start:cluster])
+                start = cluster + self.cluster_size
+            if start < len(buffer):
+                self.write_part_blocking(part, offset - part.offset + start, buffer[start:])
+
+    def _clone_blocking(self, part: Part, offset: int, segment: Segment, read: Read) -> None:
+        """Clone a range of clusters of a part; copy what cannot be cloned after all."""
+        end = offset + segment.length
+        while offset < end:
+            host_offset, length = part.place(offset - part.offset, end - offset)
+            [first] = clipped([segment], segment.length - (end - offset), length)
+            if not self.clone_blocking(first, host_offset):
+                with copy_memory.lent(length) as buffer:
+                    read(offset, buffer)
+                    self.write_blocking(host_offset, buffer)
+            offset += length
 
 
 def _zero_clusters(buffer: memoryview, cluster_size: int) -> Iterator[int]:

@@ -59,6 +59,7 @@ class FileEnd:
         self._growing_count = 0
         self._lock = threading.Lock()
         self._direct_count = 0
+        self._clone_count = 0
         self._room_lock = threading.Condition(threading.Lock())
 
     def begin(self) -> None:
@@ -130,7 +131,7 @@ class FileEnd:
         """
         with self._room_lock:
             self._is_used = True
-            while self._direct_count and self._lacks_room(end):
+            while self._clone_count or (self._direct_count and self._lacks_room(end)):
                 self._room_lock.wait()
             if self._lacks_room(end):
                 self._reserve_locked(fd, start, end)
@@ -140,6 +141,19 @@ class FileEnd:
         finally:
             with self._room_lock:
                 self._direct_count -= 1
+                self._room_lock.notify_all()
+
+    @contextlib.contextmanager
+    def without_direct_writes(self) -> Iterator[None]:
+        """Clone into the file, which has to wait for direct writes just as reserving has; later ones wait."""
+        with self._room_lock:
+            self._clone_count += 1
+            try:
+                while self._direct_count:
+                    self._room_lock.wait()
+                yield
+            finally:
+                self._clone_count -= 1
                 self._room_lock.notify_all()
 
     def _lacks_room(self, end: int) -> bool:

@@ -3,7 +3,8 @@
 Reads take the fast path when the pages are in the page cache (`RWF_NOWAIT`). Buffered writes have no
 such flag on ext4, so the fast path for writes is guarded: it is taken only while no sync is under way
 on the file and as long as writes do not wait for the disk (stalls.py).
-Copies that nobody is expected to read soon go past the page cache (cold.py).
+Copies that nobody is expected to read soon go past the page cache (cold.py), or are none where the filesystem
+can let files share blocks (reflink.py).
 """
 
 import contextlib
@@ -20,13 +21,14 @@ from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
-from blockd.block.node import Buffer, ProtocolNode
+from blockd.block.node import Buffer, ProtocolNode, Source
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
 from blockd.protocols.read_buffers import ReadBuffers
+from blockd.protocols.reflink import Cloner, write_back
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
 from blockd.units import MIB
 
@@ -66,6 +68,7 @@ class FileNode(ProtocolNode):
         self._lock_mode = LockMode.OFF
         self._claim = NO_CLAIM
         self._cold = ColdWriter()
+        self._cloner = Cloner()
         self._sync_count = 0
         self._stalls = Stalls()
 
@@ -274,6 +277,28 @@ class FileNode(ProtocolNode):
             self._end.finish(offset, written)
         if written < len(data):
             super().write_cold_blocking(offset + written, memoryview(data)[written:])
+
+    def can_clone_blocking(self, source: Source, *bounds: int) -> bool:
+        if not self.may_clone or not isinstance(source, FileNode):
+            return False
+        return self._cloner.can_clone(self._fd, source._fd, *bounds)
+
+    def clone_blocking(self, source: Source, source_offset: int, offset: int, length: int) -> bool:
+        self._require_writable()
+        self._require_length_before(offset + length)
+        if not isinstance(source, FileNode):
+            return False
+        if not self.can_clone_blocking(source, source_offset, offset, length):
+            return False
+        write_back(source._fd, source_offset, length)
+        is_cloned = False
+        self._end.begin()
+        try:
+            with self._end.without_direct_writes():
+                is_cloned = self._cloner.clone(self._fd, offset, source._fd, source_offset, length)
+        finally:
+            self._end.finish(offset, length if is_cloned else 0)
+        return is_cloned
 
     def _wants_room_nowait(self, end: int) -> bool:
         return self.is_longer_allowed and self._end.wants_room_nowait(end)

@@ -11,6 +11,7 @@ from blockd.formats.qcow2.mapping import pack_entries
 from tests.crash.scene import BASE, MIDDLE, SETTLED_STEP_COUNT, Scene, unwrapped
 from tests.doubles import HeldNode
 from tests.inline_threads import steps
+from tests.recording import RecordingFile
 
 
 async def write_whole(scene: Scene) -> None:
@@ -236,6 +237,7 @@ class Workload:
     prepare: Callable[[bytes], bytes] = bytes
     image_format: str = "qcow2"
     wrap_source: Callable[[BlockNode], BlockNode] = unwrapped
+    file_type: type[RecordingFile] = RecordingFile
     # What else the active images are made with.
     options: tuple[tuple[str, object], ...] = ()
     variant: str = ""
@@ -257,6 +259,7 @@ class Workload:
             options=dict(self.options),
             hidden_count=self.hidden_count,
             prepare=self.prepare,
+            file_type=self.file_type,
             wrap_source=self.wrap_source,
         )
 

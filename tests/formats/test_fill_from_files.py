@@ -21,6 +21,8 @@ from blockd.units import GIB, KIB, MIB
 from tests import chains, qemu_img
 from tests.chains import Chain, read_all
 
+pytestmark = pytest.mark.usefixtures("without_cloning")
+
 CLUSTER_SIZE = 64 * KIB
 # Several stretches of data, zeroes at both ends and alone, and one piece that is already there.
 BASE = "0ABCDEFGHIJKLMNOPQRSTUVWX0YZABCDE00"

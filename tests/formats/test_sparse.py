@@ -91,6 +91,7 @@ def source_reads(monkeypatch: pytest.MonkeyPatch) -> SourceReads:
     return reads
 
 
+@pytest.mark.usefixtures("without_cloning")
 @pytest.mark.parametrize("image_format", OVERLAY_FORMATS)
 async def test_a_streamed_image_takes_what_the_data_take(
     tmp_path: Path, image_format: str, source_reads: SourceReads

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blockd.block.chain import format_of
-from blockd.block.node import BlockNode, OverlayNode
+from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.cli.following import POLL_INTERVAL_S, StreamStatus
 from blockd.cli.image.create import NewImage, create_image, format_entry
 from blockd.cli.image.opening import opened_image
@@ -118,6 +118,9 @@ class _Silent:
 
 
 async def _stream(overlay: OverlayNode, name: str, show: Callable[[StreamStatus], None]) -> StreamJob:
+    file = overlay.children()["file"]
+    if isinstance(file, ProtocolNode):
+        file.may_clone = False  # whoever converts an image expects its zeroes to take no space any more
     job = StreamJob(_JOB_ID, BlkStream(overlay, None, "stream"), base_filename=None, base_format=None)
     async with JobManager(_Silent()) as jobs:
         jobs.start(job)

@@ -2,8 +2,8 @@
 
 A cluster has one place, where guests write too. So the slow part, reading the source, holds nothing and
 nobody up; then the range is held for as long as it takes to write the copies of those clusters that are
-still absent and still wanted, and their bits are set. A guest write that comes before finds its cluster
-absent and wins; one that comes meanwhile waits for that write, and then overwrites it.
+still absent and still wanted, or to clone them, and their bits are set. A guest write that comes before
+finds its cluster absent and wins; one that comes meanwhile waits for that write, and then overwrites it.
 """
 
 from collections.abc import Callable
@@ -11,35 +11,27 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
-from blockd.block.node import FillCounts, ProtocolNode, Segment
-from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
+from blockd.block.node import FillCounts, Segment
+from blockd.block.segments import clipped
 from blockd.formats.add_cow.bitmap import ABSENT
 from blockd.formats.copy_memory import copy_memory
-from blockd.formats.copying import split_zeroes
+from blockd.formats.copying import Read, Target, source_reader, split_zeroes
 from blockd.units import align_up
 
 if TYPE_CHECKING:
     from blockd.formats.add_cow.image import AddCowImage
 
-Write = Callable[[int, memoryview], None]
-
-
-class Buffer(NamedTuple):
-    """Memory for the data from `offset` of the disk on."""
-
-    offset: int
-    view: memoryview
-
-    def part(self, start: int, end: int) -> memoryview:
-        return self.view[start - self.offset : end - self.offset]
-
 
 class Run(NamedTuple):
-    """Neighbouring clusters whose copies are alike: all data, or all zeroes."""
+    """Neighbouring clusters whose copies are alike: all data, all zeroes, or data that is to be cloned."""
 
     start: int
     end: int
-    is_zero: bool
+    is_zero: bool = False
+    is_cloned: bool = False
+
+    def is_alike(self, other: "Run") -> bool:
+        return (self.is_zero, self.is_cloned) == (other.is_zero, other.is_cloned)
 
 
 async def fill(
@@ -57,14 +49,16 @@ async def fill(
     if not absent:
         return FillCounts(0, 0, 0)
     with copy_memory.lent(length) as memory:
-        buffer = Buffer(offset, memory)
-        runs = await _read(overlay, absent, source, buffer)
-        file = overlay.image.file
-        file.announce(FileEvent.COR_WRITE)
+        target = Target(overlay.image.file, overlay.cluster_size, keep_cached)
+        copy = _Copy(target, memory, offset, source, await source_reader(offset, source))
+        planned = [
+            Run(*run) for start, end in absent for run in split_zeroes(overlay, start, end, offset, source)
+        ]
+        runs = await in_thread(copy.read_blocking, planned)
+        target.file.announce(FileEvent.COR_WRITE)
         async with overlay.writes.ranges.held(offset, align_up(offset + length, overlay.cluster_size)):
             chosen = await _still_wanted(overlay, runs, is_wanted)
-            write = file.write_blocking if keep_cached else file.write_cold_blocking
-            await in_thread(_write, chosen, file, write, buffer)
+            await in_thread(copy.write_blocking, chosen)
             for run in chosen:
                 await overlay.metadata.bitmap.set(*_numbers(overlay, run))
     copied, zeroed = (sum(run.end - run.start for run in chosen if run.is_zero == kind) for kind in (0, 1))
@@ -85,48 +79,62 @@ async def _absent_ranges(overlay: "AddCowImage", offset: int, end: int) -> list[
     return ranges
 
 
-# -- reading ----------------------------------------------------------------------------------
+# -- copying ----------------------------------------------------------------------------------
 
 
-async def _read(
-    overlay: "AddCowImage", absent: list[tuple[int, int]], source: list[Segment], buffer: Buffer
-) -> list[Run]:
-    """Bring the source's data for the absent ranges into `buffer`, and tell where it is zero."""
-    offset = buffer.offset
-    planned = [
-        Run(*run) for start, end in absent for run in split_zeroes(overlay, start, end, offset, source)
-    ]
-    data: memoryview | None = None
-    if not can_read_blocking(source):
-        data = memoryview(await read_segments(source, len(buffer.view)))
+class _Copy(NamedTuple):
+    """One copy on its way: `memory` is for the data from `offset` of the disk on."""
 
-    def read(start: int, end: int) -> None:
-        if data is not None:
-            buffer.part(start, end)[:] = data[start - offset : end - offset]
-        else:
-            readinto_segments_blocking(clipped(source, start - offset, end - start), buffer.part(start, end))
+    target: Target
+    memory: memoryview
+    offset: int
+    source: list[Segment]
+    read: Read
 
-    return await in_thread(_read_blocking, planned, read, buffer, overlay.cluster_size)
+    def read_blocking(self, planned: list[Run]) -> list[Run]:
+        """Read the source where it cannot be cloned, and tell where it is zero."""
+        runs: list[Run] = []
+        for run in planned:
+            if run.is_zero:
+                _append(runs, run)
+                continue
+            for start, end, segment in self.target.split(run.start, run.end, self.offset, self.source):
+                if segment is not None:
+                    _append(runs, Run(start, end, is_cloned=True))
+                else:
+                    self._read_run(start, end, runs)
+        return runs
 
+    def _read_run(self, start: int, end: int, runs: list[Run]) -> None:
+        size = self.target.cluster_size
+        zero_cluster = bytes(size)
+        self.read(start, self._memory(start, end))
+        for cluster in range(start, end, size):
+            cluster_end = min(cluster + size, end)
+            is_zero = zero_cluster.startswith(self._memory(cluster, cluster_end))
+            _append(runs, Run(cluster, cluster_end, is_zero))
 
-def _read_blocking(
-    planned: list[Run], read: Callable[[int, int], None], buffer: Buffer, cluster_size: int
-) -> list[Run]:
-    runs: list[Run] = []
-    zero_cluster = bytes(cluster_size)
-    for run in planned:
-        if run.is_zero:
-            _append(runs, run)
-            continue
-        read(run.start, run.end)
-        for start in range(run.start, run.end, cluster_size):
-            end = min(start + cluster_size, run.end)
-            is_zero = zero_cluster.startswith(buffer.part(start, end))
-            _append(runs, Run(start, end, is_zero=is_zero))
-    return runs
+    def write_blocking(self, runs: list[Run]) -> None:
+        for run in runs:
+            if run.is_zero:
+                self.target.file.punch_hole_blocking(run.start, run.end - run.start)
+            elif run.is_cloned:
+                self._clone_run(run)
+            else:
+                self.target.write_blocking(run.start, self._memory(run.start, run.end))
 
+    def _clone_run(self, run: Run) -> None:
+        """Clone; what cannot be cloned after all is read only now."""
+        start = run.start
+        for segment in clipped(self.source, run.start - self.offset, run.end - run.start):
+            if not self.target.clone_blocking(segment, start):
+                data = self._memory(start, start + segment.length)
+                self.read(start, data)
+                self.target.write_blocking(start, data)
+            start += segment.length
 
-# -- writing ----------------------------------------------------------------------------------
+    def _memory(self, start: int, end: int) -> memoryview:
+        return self.memory[start - self.offset : end - self.offset]
 
 
 async def _still_wanted(
@@ -141,20 +149,13 @@ async def _still_wanted(
         for start, end in await _absent_ranges(overlay, run.start, run.end):
             for cluster in range(start, end, overlay.cluster_size):
                 if is_wanted(cluster):
-                    _append(chosen, Run(cluster, min(cluster + overlay.cluster_size, end), run.is_zero))
+                    cluster_end = min(cluster + overlay.cluster_size, end)
+                    _append(chosen, run._replace(start=cluster, end=cluster_end))
     return chosen
 
 
 def _append(runs: list[Run], run: Run) -> None:
-    if runs and runs[-1].end == run.start and runs[-1].is_zero == run.is_zero:
+    if runs and runs[-1].end == run.start and runs[-1].is_alike(run):
         runs[-1] = runs[-1]._replace(end=run.end)
     else:
         runs.append(run)
-
-
-def _write(runs: list[Run], file: ProtocolNode, write: Write, buffer: Buffer) -> None:
-    for run in runs:
-        if run.is_zero:
-            file.punch_hole_blocking(run.start, run.end - run.start)
-        else:
-            write(run.start, buffer.part(run.start, run.end))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.formats.copying import Part, copy_parts, split_zeroes
+from blockd.formats.copying import Part, Target, placed_at, split_zeroes
 from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO
@@ -42,10 +42,11 @@ async def fill(
                 can_be_zero = is_zero and metadata.knows_zero
                 pieces += await _place(metadata, piece_start, piece_end, is_zero=can_be_zero)
         image.file.announce(FileEvent.COR_WRITE)
-        parts = [part for piece in pieces for part in _parts(image, piece, keep_cached=keep_cached)]
-        zero_clusters = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
+        parts = list(_parts(pieces, image.cluster_size))
+        target = Target(image.file, image.cluster_size, keep_cached)
+        zero_clusters = await target.copy(parts, offset, source)
         if zero_clusters and not metadata.knows_zero:
-            await in_thread(_write_zeroes, parts, zero_clusters, image.cluster_size)
+            await in_thread(_write_zeroes, target, parts, zero_clusters)
             zero_clusters = set()
     except BaseException:
         give_back_pieces(pieces, _giving_back(metadata))
@@ -87,25 +88,20 @@ async def _place(metadata: Metadata, start: int, end: int, *, is_zero: bool) -> 
     return pieces
 
 
-def _parts(image: "Qcow2Image", piece: Piece, *, keep_cached: bool) -> Iterator[Part]:
-    """What is copied for a piece: nothing if it is all zeroes."""
-    host_offset = piece.host_offset
-    if host_offset is not None:
-        write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
-        yield Part(
-            piece.offset,
-            piece.cluster_count * image.cluster_size,
-            lambda position, data: write(host_offset + position, data),
-        )
+def _parts(pieces: list[Piece], cluster_size: int) -> Iterator[Part]:
+    """What is copied: nothing for a piece that is all zeroes."""
+    for offset, cluster_count, host_offset in pieces:
+        if host_offset is not None:
+            yield Part(offset, cluster_count * cluster_size, placed_at(host_offset))
 
 
-def _write_zeroes(parts: list[Part], zero_clusters: set[int], cluster_size: int) -> None:
+def _write_zeroes(target: Target, parts: list[Part], zero_clusters: set[int]) -> None:
     """Store what the map cannot say."""
-    cluster = memoryview(bytes(cluster_size))
+    cluster = memoryview(bytes(target.cluster_size))
     for part in parts:
-        for position in range(0, part.length, cluster_size):
+        for position in range(0, part.length, target.cluster_size):
             if part.offset + position in zero_clusters:
-                part.write(position, cluster)
+                target.write_part_blocking(part, position, cluster)
 
 
 def _giving_back(metadata: Metadata) -> GiveBack:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.formats.copying import Part, copy_parts, split_zeroes
+from blockd.formats.copying import Part, Target, placed_at, split_zeroes
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.fill import empty_ranges
 from blockd.formats.qcow2.header import SUBCLUSTER_COUNT
@@ -52,8 +52,8 @@ async def fill_subclusters(
             ]
             await filling.find_places(pieces)
             image.file.announce(FileEvent.COR_WRITE)
-            parts = list(filling.parts(pieces, keep_cached=keep_cached))
-            zeroes = await copy_parts(image.cluster_size, parts, offset, source) if parts else set()
+            target = Target(image.file, image.cluster_size, keep_cached)
+            zeroes = await target.copy(list(filling.parts(pieces)), offset, source)
             return await filling.publish(pieces, zeroes, is_wanted)
         finally:
             filling.give_back_unused()
@@ -107,7 +107,7 @@ class _Filling:
             found.update(dict.fromkeys(range(align_down(piece.offset, self._size), piece.end, self._size)))
         return list(found)
 
-    def parts(self, pieces: list[Piece], *, keep_cached: bool) -> Iterator[Part]:
+    def parts(self, pieces: list[Piece]) -> Iterator[Part]:
         """What is copied: of each piece the ranges that are neighbours in the file."""
         for piece in pieces:
             start = piece.offset
@@ -117,13 +117,8 @@ class _Filling:
                 while end < piece.end and self._places[end] == place + end - cluster:
                     end += self._size
                 end = min(end, piece.end)
-                yield self._part(start, end - start, place + start - cluster, keep_cached=keep_cached)
+                yield Part(start, end - start, placed_at(place + start - cluster))
                 start = end
-
-    def _part(self, offset: int, length: int, host_offset: int, *, keep_cached: bool) -> Part:
-        file = self._writes.image.file
-        write = file.write_blocking if keep_cached else file.write_cold_blocking
-        return Part(offset, length, lambda position, data: write(host_offset + position, data))
 
     # -- publishing ---------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.formats.copying import Part, Read, copy_parts, source_reader, split_zeroes
+from blockd.formats.copying import Part, Read, Target, source_reader, split_zeroes
 from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qed.allocator import Run
 from blockd.formats.qed.large_clusters import BUFFER_LENGTH, copy_blocking
@@ -46,7 +46,7 @@ async def fill(
                 if is_zero:
                     pieces.append(Piece(low, (high - low) // size, None))
                 else:
-                    parts.append(Part(low, high - low, partial(copy.write, low)))
+                    parts.append(Part(low, high - low, partial(copy.place, low)))
         image.file.announce(FileEvent.COR_WRITE)
         zero_clusters = await copy.run(parts, offset, source) if parts else set()
         pieces += [Piece(cluster, 1, None) for cluster in zero_clusters]
@@ -72,25 +72,20 @@ class _Copy:
     """One copy: allocates for what has to be stored, in the thread that copies, and notes where it went."""
 
     def __init__(self, image: "QedImage", pieces: list[Piece], *, keep_cached: bool) -> None:
-        self._file = image.file
+        self._target = Target(image.file, image.cluster_size, keep_cached)
         self._cluster_size = image.cluster_size
         self._allocator = image.metadata.allocator
         self._pieces = pieces
-        self._write = image.file.write_blocking if keep_cached else image.file.write_cold_blocking
 
     async def run(self, parts: list[Part], offset: int, source: list[Segment]) -> set[int]:
         """Copy the source into the parts; returns the guest offsets of clusters that are all zeroes."""
         if self._cluster_size <= BUFFER_LENGTH:
-            return await copy_parts(self._cluster_size, parts, offset, source)
+            return await self._target.copy(parts, offset, source)
         return await in_thread(self._copy_large_blocking, parts, await source_reader(offset, source))
 
-    def write(self, part_offset: int, position: int, data: memoryview) -> None:
-        offset = part_offset + position
-        while data:
-            run = self._allocate(offset, len(data) // self._cluster_size)
-            length = run.cluster_count * self._cluster_size
-            self._write(run.host_offset, data[:length])
-            offset, data = offset + length, data[length:]
+    def place(self, part_offset: int, position: int, length: int) -> tuple[int, int]:
+        run = self._allocate(part_offset + position, length // self._cluster_size)
+        return run.host_offset, run.cluster_count * self._cluster_size
 
     def _allocate(self, offset: int, cluster_count: int) -> Run:
         run = self._allocator.allocate(cluster_count)
@@ -103,11 +98,11 @@ class _Copy:
         for part in parts:
             for cluster in range(part.offset, part.offset + part.length, size):
                 is_stored = copy_blocking(
-                    self._file,
+                    self._target.file,
                     size,
                     partial(_read_at, read, cluster),
                     partial(self._allocate, cluster, 1),
-                    self._write,
+                    self._target.write_blocking,
                 )
                 if not is_stored:
                     zero_clusters.add(cluster)

@@ -6,14 +6,13 @@ has to outlive a crash half copied, needs an add-cow file beside it instead.
 """
 
 from collections.abc import Callable, Mapping
-from functools import partial
 from itertools import pairwise
 
 from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind, merged
-from blockd.formats.copying import Part, copy_parts, split_zeroes
+from blockd.formats.copying import Part, Target, placed_at, split_zeroes
 from blockd.units import align_up
 
 CLUSTER_SIZE = 65536
@@ -94,18 +93,13 @@ class RawTarget(OverlayNode):
                 if is_zero:
                     zeroed += end - start  # a hole already
                 else:
-                    padded = align_up(end, CLUSTER_SIZE) - start
-                    parts.append(Part(start, padded, partial(self._write_blocking, start)))
-        zero_clusters = await copy_parts(CLUSTER_SIZE, parts, offset, source) if parts else set()
+                    parts.append(Part(start, end - start, placed_at(start)))
+        zero_clusters = await Target(self.file, CLUSTER_SIZE, keep_cached).copy(parts, offset, source)
         first, last = offset // CLUSTER_SIZE, align_up(offset + length, CLUSTER_SIZE) // CLUSTER_SIZE
         self._is_present[first:last] = b"\1" * (last - first)
-        zeroed += len(zero_clusters) * CLUSTER_SIZE
-        copied = sum(part.length for part in parts) - len(zero_clusters) * CLUSTER_SIZE
-        return FillCounts(copied, zeroed, 0)
-
-    def _write_blocking(self, part_offset: int, position: int, data: memoryview) -> None:
-        offset = part_offset + position
-        self.file.write_cold_blocking(offset, data[: self.size - offset])
+        found_zero = sum(min(CLUSTER_SIZE, self.size - cluster) for cluster in zero_clusters)
+        copied = sum(part.length for part in parts) - found_zero
+        return FillCounts(copied, zeroed + found_zero, 0)
 
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         await self.flush()
