@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from blockd.aio import in_thread
+from blockd.block.copy_memory import LENGTH, copy_memory
 from blockd.block.node import BlockNode, Buffer, ProtocolNode, Segment, Source
 from blockd.block.segments import can_read_blocking, clipped, read_segments, readinto_segments_blocking
-from blockd.formats.copy_memory import copy_memory
+from blockd.block.zero_clusters import zero_clusters
 from blockd.units import KIB, align_down, align_up
 
 # With less than this cloned at a time, copying is faster (and the file is in fewer pieces).
@@ -167,16 +168,27 @@ class Target(NamedTuple):
 
     def _copy_blocking(self, part: Part, offset: int, end: int, read: Read) -> Iterator[int]:
         """Copy a range of clusters of a part; yields the offsets of those that are all zeroes."""
-        with copy_memory.lent(end - offset) as buffer:
-            read(offset, buffer)
-            start = 0
-            for cluster in _zero_clusters(buffer, self.cluster_size):
-                yield offset + cluster
-                if start < cluster:
-                    self.write_part_blocking(part, offset - part.offset + start, buffer[start:cluster])
-                start = cluster + self.cluster_size
-            if start < len(buffer):
-                self.write_part_blocking(part, offset - part.offset + start, buffer[start:])
+        piece_length = max(LENGTH, self.cluster_size)
+        for start in range(offset, end, piece_length):
+            length = min(piece_length, end - start)
+            with copy_memory.lent(length) as buffer:
+                read(start, buffer)
+                for position, data in self._data(buffer):
+                    if data:
+                        self.write_part_blocking(part, start - part.offset + position, data)
+                    else:
+                        yield start + position
+
+    def _data(self, buffer: memoryview) -> Iterator[tuple[int, memoryview]]:
+        """Split clusters into runs that are not all zeroes, and single ones that are, told as nothing."""
+        start = 0
+        for cluster in zero_clusters(buffer, self.cluster_size):
+            if start < cluster:
+                yield start, buffer[start:cluster]
+            yield cluster, buffer[:0]
+            start = cluster + self.cluster_size
+        if start < len(buffer):
+            yield start, buffer[start:]
 
     def _clone_blocking(self, part: Part, offset: int, segment: Segment, read: Read) -> None:
         """Clone a range of clusters of a part; copy what cannot be cloned after all."""
@@ -189,11 +201,3 @@ class Target(NamedTuple):
                     read(offset, buffer)
                     self.write_blocking(host_offset, buffer)
             offset += length
-
-
-def _zero_clusters(buffer: memoryview, cluster_size: int) -> Iterator[int]:
-    """The positions of all-zero clusters; comparing stops at the first byte that differs."""
-    zero_cluster = bytes(cluster_size)
-    for position in range(0, len(buffer), cluster_size):
-        if zero_cluster.startswith(buffer[position : position + cluster_size]):
-            yield position

@@ -5,7 +5,7 @@ import mmap
 
 import pytest
 
-from blockd.formats.copy_memory import ALIGNMENT, LENGTH_MIN, CopyMemory
+from blockd.block.copy_memory import ALIGNMENT, LENGTH, CopyMemory
 from blockd.units import KIB, MIB
 
 
@@ -13,7 +13,7 @@ def address_of(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-@pytest.mark.parametrize("length", [1, 64 * KIB, LENGTH_MIN, LENGTH_MIN + 1, 64 * MIB])
+@pytest.mark.parametrize("length", [1, 64 * KIB, LENGTH, LENGTH + 1, 64 * MIB])
 def test_memory_is_aligned_and_as_long_as_asked_for(length: int) -> None:
     with CopyMemory().lent(length) as buffer:
         assert len(buffer) == length
@@ -54,9 +54,9 @@ def test_memory_that_is_too_small_is_replaced() -> None:
     memory = CopyMemory()
     with memory.lent(1):
         pass
-    with memory.lent(LENGTH_MIN + 1) as buffer:
-        assert len(buffer) == LENGTH_MIN + 1
-    assert [len(buffer) for buffer in memory._free] == [LENGTH_MIN + 1]
+    with memory.lent(LENGTH + 1) as buffer:
+        assert len(buffer) == LENGTH + 1
+    assert [len(buffer) for buffer in memory._free] == [LENGTH + 1]
 
 
 def test_memory_of_a_copy_that_failed_is_used_again() -> None:

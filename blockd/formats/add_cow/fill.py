@@ -10,11 +10,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockd.aio import in_thread
+from blockd.block.copy_memory import copy_memory
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
 from blockd.block.segments import clipped
+from blockd.block.zero_clusters import zero_clusters
 from blockd.formats.add_cow.bitmap import ABSENT
-from blockd.formats.copy_memory import copy_memory
 from blockd.formats.copying import Read, Target, source_reader, split_zeroes
 from blockd.units import align_up
 
@@ -107,12 +108,11 @@ class _Copy(NamedTuple):
 
     def _read_run(self, start: int, end: int, runs: list[Run]) -> None:
         size = self.target.cluster_size
-        zero_cluster = bytes(size)
-        self.read(start, self._memory(start, end))
+        data = self._memory(start, end)
+        self.read(start, data)
+        zeroes = set(zero_clusters(data, size))
         for cluster in range(start, end, size):
-            cluster_end = min(cluster + size, end)
-            is_zero = zero_cluster.startswith(self._memory(cluster, cluster_end))
-            _append(runs, Run(cluster, cluster_end, is_zero))
+            _append(runs, Run(cluster, min(cluster + size, end), cluster - start in zeroes))
 
     def write_blocking(self, runs: list[Run]) -> None:
         for run in runs:

@@ -14,8 +14,8 @@ from blockd.units import MIB
 
 # What a huge page asks for; writing past the page cache asks for less.
 ALIGNMENT = 2 * MIB
-# All buffers are alike, so that each serves the next copy. What nobody writes to takes no memory.
-LENGTH_MIN = 4 * MIB
+# All buffers are alike, so that each serves the next copy.
+LENGTH = 4 * MIB
 
 
 class CopyMemory:
@@ -34,7 +34,7 @@ class CopyMemory:
             self._lent_count += 1
         try:
             if buffer is None or len(buffer) < length:
-                buffer = _new_buffer(max(length, LENGTH_MIN))
+                buffer = _new_buffer(max(length, LENGTH))
             yield buffer[:length]
         finally:
             with self._lock:
@@ -49,8 +49,15 @@ copy_memory = CopyMemory()
 
 
 def _new_buffer(length: int) -> memoryview:
-    memory = mmap.mmap(-1, length + ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, length + 2 * ALIGNMENT, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    # Between what is in huge pages of two buffers there is always something else: the kernel would make one
+    # piece of them, and have whoever asks for the second one wait until the first one's pages are there.
+    start = ALIGNMENT - address % ALIGNMENT
     with contextlib.suppress(OSError):  # a kernel without huge pages
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    first = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % ALIGNMENT
-    return memoryview(memory)[first : first + length]
+        memory.madvise(mmap.MADV_HUGEPAGE, start, length)
+    # Where the memory is new to the machine, a huge page takes milliseconds. If it is the kernel that finds
+    # a page missing, as it copies into it, nobody else gets memory in that time.
+    for position in range(start, start + length, ALIGNMENT):
+        ctypes.memset(address + position, 0, 1)
+    return memoryview(memory)[start : start + length]
