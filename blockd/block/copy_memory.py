@@ -25,6 +25,8 @@ class CopyMemory:
         self._free: list[memoryview] = []
         self._lent_count = 0
         self._lock = threading.Lock()
+        # New huge pages keep a processor busy for milliseconds: one at a time, guests need the others.
+        self._making = threading.Lock()
 
     @contextlib.contextmanager
     def lent(self, length: int) -> Iterator[memoryview]:
@@ -34,7 +36,8 @@ class CopyMemory:
             self._lent_count += 1
         try:
             if buffer is None or len(buffer) < length:
-                buffer = _new_buffer(max(length, LENGTH))
+                with self._making:
+                    buffer = _new_buffer(max(length, LENGTH))
             yield buffer[:length]
         finally:
             with self._lock:
