@@ -17,13 +17,14 @@ What is kept (kept_parts.py) is what the guest finds; it is in the image when a 
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 
 from blockd.aio import Coalesced, task_group
 from blockd.block.chain import layer_map, unfiltered
 from blockd.block.node import BlockNode, Buffer, FillCounts, FilterNode, OverlayNode, Segment
-from blockd.block.segments import zeroes
+from blockd.block.segments import can_read_blocking, zeroes
 from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
 from blockd.filters.guest_waits import GuestWaits
@@ -36,8 +37,9 @@ log = logging.getLogger(__name__)
 # The most that one copy takes: a guest's write of part of a cluster may have to wait for it where nothing is
 # kept.
 COPY_LENGTH_MAX = 4 * MIB
-# How many kept parts may wait for the source at once.
-MERGE_COUNT = 8
+# How many merges may read the source in threads at once, which guests need too. As many as there are kept
+# parts may wait for a source that needs no thread: one over a network, say.
+MERGE_THREAD_COUNT = 8
 
 _DATA = (Kind.DATA,)
 _DATA_AND_ZERO = (Kind.DATA, Kind.ZERO)
@@ -57,7 +59,7 @@ class BlkStream(FilterNode):
         self._queue = WriteQueue(active.cluster_size)
         self._kept = KeptParts(active.cluster_size)
         self._is_keeping = False
-        self._merges = asyncio.Semaphore(MERGE_COUNT)
+        self._merge_threads = asyncio.Semaphore(MERGE_THREAD_COUNT)
         self._merge_all = Coalesced(self._merge_all_once)
 
     # -- copying ------------------------------------------------------------------------------
@@ -108,15 +110,18 @@ class BlkStream(FilterNode):
         """
         end = align_up(offset + length, self.cluster_size)
         async with self._queue.copying(offset, end) as copy:
-            counts = await self._fill(copy, keep_cached=keep_cached)
+            source = await self._plan(copy)
+            counts = await self._fill(copy, source, keep_cached=keep_cached)
         if self._kept:
             await self._land(offset, end)
         return counts
 
-    async def _fill(self, copy: Copy, *, keep_cached: bool) -> FillCounts:
+    async def _plan(self, copy: Copy) -> list[Segment]:
         assert self.active.backing is not None, "nothing can be missing without a backing"
+        return await self.active.plan_read(copy.start, min(copy.end, self.size) - copy.start)
+
+    async def _fill(self, copy: Copy, source: list[Segment], *, keep_cached: bool) -> FillCounts:
         length = min(copy.end, self.size) - copy.start
-        source = await self.active.plan_read(copy.start, length)
         return await self.active.fill(copy.start, length, source, copy.is_wanted, keep_cached=keep_cached)
 
     async def _copy_on_read(self, offset: int, length: int) -> None:
@@ -299,20 +304,16 @@ class BlkStream(FilterNode):
         self._is_keeping = True
         try:
             async with task_group() as tasks:
-                for _ in range(MERGE_COUNT):
-                    tasks.create_task(self._merge_what_comes())
+                while True:
+                    tasks.create_task(self._merge_taken(*await self._kept.take(COPY_LENGTH_MAX)))
         finally:
             self._is_keeping = False
 
-    async def _merge_what_comes(self) -> None:
-        while True:
-            start, end = await self._kept.take(COPY_LENGTH_MAX)
-            try:
-                await self._merge(start, end)
-            except StorageError as error:
-                log.warning(
-                    "%s: what was written at %d stays in memory: %s", self.filename, start, error.message
-                )
+    async def _merge_taken(self, start: int, end: int) -> None:
+        try:
+            await self._merge(start, end)
+        except StorageError as error:
+            log.warning("%s: what was written at %d stays in memory: %s", self.filename, start, error.message)
 
     # -- merging ------------------------------------------------------------------------------
 
@@ -365,13 +366,17 @@ class BlkStream(FilterNode):
 
         Raises:   StorageError: copying or writing failed; all that is not in the image stays kept.
         """
-        async with self._merges:
-            while self._kept.touches(start, end):
-                if not all(map(self._is_whole, self._kept.clusters(start, end))):
-                    async with self._queue.copying(start, end) as copy:
-                        if self.active.backing is not None:
-                            await self._fill(copy, keep_cached=True)
-                await self._land(start, end)
+        while self._kept.touches(start, end):
+            if not all(map(self._is_whole, self._kept.clusters(start, end))):
+                async with self._queue.copying(start, end) as copy:
+                    if self.active.backing is not None:
+                        await self._copy_for_merge(copy)
+            await self._land(start, end)
+
+    async def _copy_for_merge(self, copy: Copy) -> None:
+        source = await self._plan(copy)
+        async with self._merge_threads if can_read_blocking(source) else contextlib.nullcontext():
+            await self._fill(copy, source, keep_cached=True)
 
     async def _land(self, start: int, end: int) -> None:
         """Write what is kept of those clusters of a range that need nothing from below any more."""

@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from blockd.aio import task_group
+from blockd.block.node import FillCounts
 from blockd.errors import StorageError
 from blockd.filters import kept_parts
-from blockd.filters.blkstream import MERGE_COUNT
+from blockd.filters.blkstream import MERGE_THREAD_COUNT
 from blockd.filters.kept_parts import PIECE_COST, KeptCluster, KeptParts
 from blockd.formats.qcow2.check import check
 from blockd.jobs.job import OnError
@@ -380,13 +381,36 @@ async def test_at_the_bound_a_write_meets_the_error_of_the_source(monkeypatch: p
         scene.source.error = None
 
 
-async def test_no_more_merges_than_allowed_wait_for_the_source() -> None:
-    count = 4 * MERGE_COUNT
+async def test_all_parts_wait_at_once_for_a_source_that_needs_no_thread() -> None:
+    count = 8 * MERGE_THREAD_COUNT
     async with keeping("B" * count) as scene:
         for index in range(0, count, 2):  # neighbours would be one merge
             await scene.write(index * CLUSTER + 512, 512)
         await steps(SETTLED_STEP_COUNT)
-        assert scene.source.read_count == MERGE_COUNT
+        assert scene.source.read_count == count // 2
+
+
+async def test_few_merges_at_once_read_the_source_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    count = 4 * MERGE_THREAD_COUNT
+    async with keeping("B" * count) as scene:
+        may_end = asyncio.Event()
+        started: list[int] = []
+        fill = scene.node.active.fill
+
+        async def held_fill(offset: int, *arguments: Any, **options: Any) -> FillCounts:
+            started.append(offset)
+            await may_end.wait()
+            return await fill(offset, *arguments, **options)
+
+        monkeypatch.setattr(scene.node.active, "fill", held_fill)
+        monkeypatch.setattr(scene.source, "plan_read", scene.source.child.plan_read)
+        for index in range(0, count, 2):
+            await scene.write(index * CLUSTER + 512, 512)
+        await steps(SETTLED_STEP_COUNT)
+        assert len(started) == MERGE_THREAD_COUNT
+        may_end.set()
+        await steps(SETTLED_STEP_COUNT)
+        assert len(started) == count // 2
 
 
 # -- cancels ----------------------------------------------------------------------------------------
