@@ -27,9 +27,9 @@ FOLDER = Path(__file__).parent
 DELAYS_MS = (0, 10, 100, 1000)
 BLOCKS = {"4 KiB, parts of clusters": 4 * KIB, "64 KiB, whole clusters": 64 * KIB}
 STREAM_SPEED = 8 * MIB
-# No more in all than wait for the latest source at once.
-WRITE_COUNT = 240
-WRITES_PER_S = 20
+# For ten seconds: many more in all than may wait for the latest source at once.
+WRITE_COUNT = 1000
+WRITES_PER_S = 100
 PATTERN = bytes.fromhex("b10cd0ff")
 
 

@@ -9,8 +9,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Enough for the copies of several streams, guest requests and syncs at once; past that the disk is the queue.
-IO_THREAD_COUNT = 32
+# Enough for the copies of several streams, guest requests and syncs at once, and for as many that wait for a
+# slow source (MERGE_THREAD_COUNT in filters/blkstream.py). They are started when they are needed.
+IO_THREAD_COUNT = 160
 
 
 def io_executor() -> ThreadPoolExecutor:

@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 COPY_LENGTH_MAX = 4 * MIB
 # How many merges may read the source in threads at once, which guests need too. As many as there are kept
 # parts may wait for a source that needs no thread: one over a network, say.
-MERGE_THREAD_COUNT = 8
+MERGE_THREAD_COUNT = 128
 
 _DATA = (Kind.DATA,)
 _DATA_AND_ZERO = (Kind.DATA, Kind.ZERO)

@@ -16,8 +16,7 @@ import pytest
 from blockd.aio import task_group
 from blockd.block.node import FillCounts
 from blockd.errors import StorageError
-from blockd.filters import kept_parts
-from blockd.filters.blkstream import MERGE_THREAD_COUNT
+from blockd.filters import blkstream, kept_parts
 from blockd.filters.kept_parts import PIECE_COST, KeptCluster, KeptParts
 from blockd.formats.qcow2.check import check
 from blockd.jobs.job import OnError
@@ -381,8 +380,11 @@ async def test_at_the_bound_a_write_meets_the_error_of_the_source(monkeypatch: p
         scene.source.error = None
 
 
-async def test_all_parts_wait_at_once_for_a_source_that_needs_no_thread() -> None:
-    count = 8 * MERGE_THREAD_COUNT
+async def test_all_parts_wait_at_once_for_a_source_that_needs_no_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(blkstream, "MERGE_THREAD_COUNT", 2)
+    count = 64
     async with keeping("B" * count) as scene:
         for index in range(0, count, 2):  # neighbours would be one merge
             await scene.write(index * CLUSTER + 512, 512)
@@ -391,7 +393,8 @@ async def test_all_parts_wait_at_once_for_a_source_that_needs_no_thread() -> Non
 
 
 async def test_few_merges_at_once_read_the_source_in_threads(monkeypatch: pytest.MonkeyPatch) -> None:
-    count = 4 * MERGE_THREAD_COUNT
+    monkeypatch.setattr(blkstream, "MERGE_THREAD_COUNT", 8)
+    count = 32
     async with keeping("B" * count) as scene:
         may_end = asyncio.Event()
         started: list[int] = []
@@ -407,7 +410,7 @@ async def test_few_merges_at_once_read_the_source_in_threads(monkeypatch: pytest
         for index in range(0, count, 2):
             await scene.write(index * CLUSTER + 512, 512)
         await steps(SETTLED_STEP_COUNT)
-        assert len(started) == MERGE_THREAD_COUNT
+        assert len(started) == 8
         may_end.set()
         await steps(SETTLED_STEP_COUNT)
         assert len(started) == count // 2
