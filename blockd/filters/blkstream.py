@@ -34,8 +34,8 @@ from blockd.units import MIB, align_down, align_up
 
 log = logging.getLogger(__name__)
 
-# The most that one copy takes: a guest's write of part of a cluster may have to wait for it where nothing is
-# kept.
+# The most that a copy takes that is made for a guest: other guests' writes of parts of its clusters may have
+# to wait for it where nothing is kept.
 COPY_LENGTH_MAX = 4 * MIB
 # How many merges may read the source in threads at once, which guests need too. As many as there are kept
 # parts may wait for a source that needs no thread: one over a network, say.
@@ -104,8 +104,7 @@ class BlkStream(FilterNode):
 
         `keep_cached`: a guest is about to read it.
 
-        Needs:    offset is a multiple of the cluster size; the end too, or the disk's end;
-                  length <= COPY_LENGTH_MAX.
+        Needs:    offset is a multiple of the cluster size; the end too, or the disk's end.
         Raises:   StorageError: reading or writing failed; what was there is unchanged.
         """
         end = align_up(offset + length, self.cluster_size)

@@ -21,6 +21,7 @@ from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
 from blockd.jobs.job import Action, Job, OnError
 from blockd.jobs.leeway import Leeway
+from blockd.jobs.pace import Pace
 from blockd.units import GIB, MIB, align_down
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ class StreamJob(Job):
         )
         self.counters = Counters()
         self.leeway = Leeway(COPY_LENGTH, COPY_COUNT, guest_latency_s)
+        self._pace = Pace(COPY_LENGTH)
         self._target = target
         self._base_filename = base_filename
         self._base_format = base_format
@@ -289,11 +291,13 @@ class StreamJob(Job):
         while pieces and not self.is_user_paused and self.speed == copying.speed:
             piece = self._take_piece(pieces)
             under_way.append(piece)
+            began = self._clock()
             try:
                 self._count(await self._target.populate(piece.offset, piece.length))
             except StorageError as error:
                 copying.failures.append((piece, error))
                 continue  # nothing behind it counts as done
+            self._pace.note(piece.length, self._clock() - began)
             under_way.remove(piece)
             self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
             if copying.copier_count > self.leeway.copy_count:
@@ -302,10 +306,10 @@ class StreamJob(Job):
         copying.copier_count -= 1
 
     def _take_piece(self, pieces: deque[Extent]) -> Extent:
-        """Take the first piece, or as much of it as there is leeway for."""
+        """Take the first piece, or as much of it as there is leeway for and a copy does in a moment."""
         piece = pieces.popleft()
         cluster_size = self._target.active.cluster_size
-        length = max(cluster_size, align_down(self.leeway.copy_length, cluster_size))
+        length = max(cluster_size, align_down(min(self.leeway.copy_length, self._pace.length), cluster_size))
         if piece.length <= length:
             return piece
         pieces.appendleft(Extent(piece.offset + length, piece.length - length, Kind.DATA))

@@ -12,6 +12,8 @@ from blockd.extents import Extent, Kind
 from blockd.filters.guest_waits import GuestWaits
 from blockd.jobs.leeway import LENGTH_MIN, STEP, Leeway
 from blockd.jobs.manager import JobManager
+from blockd.jobs.pace import LENGTH_MIN as COPY_LENGTH_MIN
+from blockd.jobs.pace import LONG_S, SHORT_S, Pace
 from blockd.jobs.stream import COPY_COUNT, COPY_LENGTH, StreamJob
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
@@ -147,6 +149,46 @@ def test_wait_that_fails_was_one() -> None:
     assert waits.take() == 1
 
 
+# -- one copy ---------------------------------------------------------------------------------
+
+
+def pace_after(*durations_s: float) -> int:
+    pace = Pace(COPY_LENGTH)
+    for duration_s in durations_s:
+        pace.note(pace.length, duration_s)
+    return pace.length
+
+
+def test_copies_are_as_long_as_the_disks_do_in_a_moment() -> None:
+    slow, fast, fair = LONG_S * 1.1, SHORT_S * 0.9, (LONG_S + SHORT_S) / 2
+    assert pace_after() == pace_after(fast, fast, fair) == COPY_LENGTH
+    assert pace_after(slow) == COPY_LENGTH // 2
+    assert pace_after(*[slow] * 9) == COPY_LENGTH_MIN
+    assert pace_after(slow, slow, fair, fair, fast) == COPY_LENGTH // 2
+    assert pace_after(slow, slow, *[fast] * 9) == COPY_LENGTH
+
+
+def test_a_short_piece_does_not_tell_that_longer_ones_are_fast() -> None:
+    pace = Pace(COPY_LENGTH)
+    pace.note(COPY_LENGTH, LONG_S * 2)
+    pace.note(COPY_LENGTH // 4, SHORT_S / 2)
+    assert pace.length == COPY_LENGTH // 2
+
+
+def test_copies_of_a_slow_disk_become_short_and_long_again() -> None:
+    async def main() -> None:
+        disk = WatchedDisk()
+        job = StreamJob("j", disk, base_filename=None, base_format=None, clock=now)  # type: ignore[arg-type]
+        async with JobManager(Recorder()) as jobs:
+            jobs.start(job)
+            disk.copy_s = 2 * LONG_S
+            assert await disk.seen_in(20) == (COPY_COUNT, {COPY_LENGTH_MIN})
+            disk.copy_s = SHORT_S / 2
+            assert await disk.seen_in(20) == (COPY_COUNT, {COPY_LENGTH})
+
+    run(main())
+
+
 # -- the job ----------------------------------------------------------------------------------
 
 
@@ -159,6 +201,7 @@ class WatchedDisk:
         self.active = MemoryNode(0, cluster_size=64 * KIB)
         self.guest_waits = self
         self.waited_s: float | None = None
+        self.copy_s = 0.001
         # Copies under way, the most of them since it was last looked, and the lengths of those that began.
         self._copy_count = 0
         self.copy_count_max = 0
@@ -174,7 +217,7 @@ class WatchedDisk:
         self._copy_count += 1
         self.copy_count_max = max(self.copy_count_max, self._copy_count)
         self.lengths.add(length)
-        await asyncio.sleep(0.001)
+        await asyncio.sleep(self.copy_s)
         self._copy_count -= 1
         return FillCounts(length, 0, 0)
 
