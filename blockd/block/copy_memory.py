@@ -16,6 +16,8 @@ from blockd.units import MIB
 ALIGNMENT = 2 * MIB
 # All buffers are alike, so that each serves the next copy.
 LENGTH = 4 * MIB
+# How many threads have one at once, of however many streams.
+TURN_COUNT = 8
 
 
 class CopyMemory:
@@ -27,6 +29,13 @@ class CopyMemory:
         self._lock = threading.Lock()
         # New huge pages keep a processor busy for milliseconds: one at a time, guests need the others.
         self._making = threading.Lock()
+        self._turns = threading.Semaphore(TURN_COUNT)
+
+    @contextlib.contextmanager
+    def lent_in_turn(self, length: int) -> Iterator[memoryview]:
+        """Have `length` bytes when it is this thread's turn; whoever has them waits for no other copy."""
+        with self._turns, self.lent(length) as buffer:
+            yield buffer
 
     @contextlib.contextmanager
     def lent(self, length: int) -> Iterator[memoryview]:
@@ -38,6 +47,7 @@ class CopyMemory:
             if buffer is None or len(buffer) < length:
                 with self._making:
                     buffer = _new_buffer(max(length, LENGTH))
+                    _touch(buffer[:length])
             yield buffer[:length]
         finally:
             with self._lock:
@@ -59,8 +69,15 @@ def _new_buffer(length: int) -> memoryview:
     start = ALIGNMENT - address % ALIGNMENT
     with contextlib.suppress(OSError):  # a kernel without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE, start, length)
-    # Where the memory is new to the machine, a huge page takes milliseconds. If it is the kernel that finds
-    # a page missing, as it copies into it, nobody else gets memory in that time.
-    for position in range(start, start + length, ALIGNMENT):
-        ctypes.memset(address + position, 0, 1)
     return memoryview(memory)[start : start + length]
+
+
+def _touch(buffer: memoryview) -> None:
+    """Have the pages of a new buffer.
+
+    Where the memory is new to the machine, a huge page takes milliseconds. If it is the kernel that finds it
+    missing, as it copies into it, nobody else gets memory in that time.
+    """
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    for position in range(0, len(buffer), ALIGNMENT):
+        ctypes.memset(address + position, 0, 1)

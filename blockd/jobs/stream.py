@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from blockd.aio import task_group
 from blockd.block.node import FillCounts, OverlayNode
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 # the copies prepare while the disk has the others; at the end of a round it has nothing to do.
 COPY_LENGTH = 4 * MIB
 COPY_COUNT = 6
+# How many copies of all streams together run at once, beyond one of each.
+COPY_COUNT_ALL = 8
 WINDOW_LENGTH = 512 * MIB
 # How many maps one round looks at: a sparse terabyte is walked without holding others up.
 SCAN_COUNT = 64
@@ -99,6 +101,8 @@ class StreamJob(Job):
     """Streams into the active image of `target`, then records the backing file `base_filename`."""
 
     type = "stream"
+    # How many streams copy now.
+    copying_count: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -269,24 +273,26 @@ class StreamJob(Job):
         """
         while True:
             self._is_copying.set()
+            StreamJob.copying_count += 1
             try:
                 async with task_group() as tasks:
                     copying = _Round(tasks, pieces, self.speed)
                     self._start_copiers(copying)
             finally:
+                StreamJob.copying_count -= 1
                 self._is_copying.clear()
             if not copying.failures:
                 return
             pieces.extendleft(reversed(await self._apply_policy(copying.failures)))
 
     def _start_copiers(self, copying: "_Round") -> None:
-        """Copy as many pieces at once as there is leeway for now."""
-        while copying.copier_count < min(self.leeway.copy_count, copying.copier_count + len(copying.pieces)):
+        """Copy as many pieces at once as may be now."""
+        while copying.copier_count < min(self._copy_count(), copying.copier_count + len(copying.pieces)):
             copying.copier_count += 1
             copying.tasks.create_task(self._copy_some(copying))
 
     async def _copy_some(self, copying: "_Round") -> None:
-        """Copy one piece after another, as long as there is leeway for that many copiers."""
+        """Copy one piece after another, as long as there may be so many copiers."""
         pieces, under_way = copying.pieces, copying.under_way
         while pieces and not self.is_user_paused and self.speed == copying.speed:
             piece = self._take_piece(pieces)
@@ -300,10 +306,14 @@ class StreamJob(Job):
             self._pace.note(piece.length, self._clock() - began)
             under_way.remove(piece)
             self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
-            if copying.copier_count > self.leeway.copy_count:
+            if copying.copier_count > self._copy_count():
                 break
             self._start_copiers(copying)
         copying.copier_count -= 1
+
+    def _copy_count(self) -> int:
+        """How many copies of this stream may run now: what there is leeway for, and others leave to it."""
+        return min(self.leeway.copy_count, max(1, COPY_COUNT_ALL // StreamJob.copying_count))
 
     def _take_piece(self, pieces: deque[Extent]) -> Extent:
         """Take the first piece, or as much of it as there is leeway for and a copy does in a moment."""

@@ -1,11 +1,13 @@
 """Memory that copies pass through."""
 
+import contextlib
 import ctypes
 import mmap
+import threading
 
 import pytest
 
-from blockd.block.copy_memory import ALIGNMENT, LENGTH, CopyMemory
+from blockd.block.copy_memory import ALIGNMENT, LENGTH, TURN_COUNT, CopyMemory
 from blockd.units import KIB, MIB
 
 
@@ -65,6 +67,29 @@ def test_memory_of_a_copy_that_failed_is_used_again() -> None:
         raise OSError("the source cannot be read")
     assert memory._lent_count == 0
     assert len(memory._free) == 1
+
+
+def test_threads_take_turns() -> None:
+    memory = CopyMemory()
+    is_asking, has_it = threading.Event(), threading.Event()
+
+    def copy() -> None:
+        is_asking.set()
+        with memory.lent_in_turn(1):
+            has_it.set()
+
+    with contextlib.ExitStack() as held:
+        for _ in range(TURN_COUNT):
+            held.enter_context(memory.lent_in_turn(1))
+        thread = threading.Thread(target=copy)
+        thread.start()
+        is_asking.wait()
+        with memory.lent(1):
+            assert memory._lent_count == TURN_COUNT + 1, "who cannot wait does not"
+        assert not has_it.is_set()
+    thread.join()
+    assert has_it.is_set()
+    assert memory._lent_count == 0
 
 
 def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:

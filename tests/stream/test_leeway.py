@@ -14,7 +14,7 @@ from blockd.jobs.leeway import LENGTH_MIN, STEP, Leeway
 from blockd.jobs.manager import JobManager
 from blockd.jobs.pace import LENGTH_MIN as COPY_LENGTH_MIN
 from blockd.jobs.pace import LONG_S, SHORT_S, Pace
-from blockd.jobs.stream import COPY_COUNT, COPY_LENGTH, StreamJob
+from blockd.jobs.stream import COPY_COUNT, COPY_COUNT_ALL, COPY_LENGTH, StreamJob
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
 from tests.control.fakes import Recorder
@@ -255,6 +255,31 @@ def test_job_holds_back_while_guests_wait(speed: int) -> None:
             job.pause()
             await asyncio.sleep(1)
             assert job.counters.copied == job.offset
+
+    run(main())
+
+
+def test_many_streams_share_the_copies() -> None:
+    async def main() -> None:
+        disks = [WatchedDisk() for _ in range(4)]
+        jobs_of = [
+            StreamJob(f"j{number}", disk, base_filename=None, base_format=None, clock=now)  # type: ignore[arg-type]
+            for number, disk in enumerate(disks)
+        ]
+        async with JobManager(Recorder()) as jobs:
+            for job in jobs_of:
+                jobs.start(job)
+            await asyncio.sleep(1)
+            for disk in disks:
+                assert await disk.seen_in(0.1) == (COPY_COUNT_ALL // 4, {COPY_LENGTH})
+            for job in jobs_of[1:]:
+                job.pause()
+            assert await disks[0].seen_in(1) == (COPY_COUNT, {COPY_LENGTH})
+            for job in jobs_of[1:]:
+                job.resume()
+            await asyncio.sleep(1)
+            for disk in disks:
+                assert await disk.seen_in(0.1) == (COPY_COUNT_ALL // 4, {COPY_LENGTH})
 
     run(main())
 
