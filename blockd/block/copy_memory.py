@@ -1,4 +1,4 @@
-"""Memory that copies pass through: in huge pages, aligned, and used again.
+"""Memory that copies pass through: aligned, and if there is much of it in huge pages, and used again.
 
 Memory that is in one piece goes to the disk in fewer and larger requests than single pages do; that makes a
 virtual disk a third faster. And memory that was used before is much faster than new memory.
@@ -10,14 +10,14 @@ import mmap
 import threading
 from collections.abc import Iterator
 
-from blockd.units import MIB
+from blockd.units import KIB, MIB
 
 # What a huge page asks for; writing past the page cache asks for less.
 ALIGNMENT = 2 * MIB
 # All buffers are alike, so that each serves the next copy.
 LENGTH = 4 * MIB
-# How many threads have one at once, of however many streams.
-TURN_COUNT = 8
+# Up to here a copy gets pages of its own: many that are made for guests may wait for a slow source.
+SMALL_LENGTH = 256 * KIB
 
 
 class CopyMemory:
@@ -29,17 +29,13 @@ class CopyMemory:
         self._lock = threading.Lock()
         # New huge pages keep a processor busy for milliseconds: one at a time, guests need the others.
         self._making = threading.Lock()
-        self._turns = threading.Semaphore(TURN_COUNT)
-
-    @contextlib.contextmanager
-    def lent_in_turn(self, length: int) -> Iterator[memoryview]:
-        """Have `length` bytes when it is this thread's turn; whoever has them waits for no other copy."""
-        with self._turns, self.lent(length) as buffer:
-            yield buffer
 
     @contextlib.contextmanager
     def lent(self, length: int) -> Iterator[memoryview]:
         """Have `length` bytes, whatever is in them."""
+        if length <= SMALL_LENGTH:
+            yield memoryview(mmap.mmap(-1, length))
+            return
         with self._lock:
             buffer = self._free.pop() if self._free else None
             self._lent_count += 1

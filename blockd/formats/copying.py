@@ -171,7 +171,7 @@ class Target(NamedTuple):
         piece_length = max(LENGTH, self.cluster_size)
         for start in range(offset, end, piece_length):
             length = min(piece_length, end - start)
-            with copy_memory.lent_in_turn(length) as buffer:
+            with copy_memory.lent(length) as buffer:
                 read(start, buffer)
                 for position, data in self._data(buffer):
                     if data:
@@ -197,7 +197,7 @@ class Target(NamedTuple):
             host_offset, length = part.place(offset - part.offset, end - offset)
             [first] = clipped([segment], segment.length - (end - offset), length)
             if not self.clone_blocking(first, host_offset):
-                with copy_memory.lent_in_turn(length) as buffer:
+                with copy_memory.lent(length) as buffer:
                     read(offset, buffer)
                     self.write_blocking(host_offset, buffer)
             offset += length

@@ -3,11 +3,10 @@
 import contextlib
 import ctypes
 import mmap
-import threading
 
 import pytest
 
-from blockd.block.copy_memory import ALIGNMENT, LENGTH, TURN_COUNT, CopyMemory
+from blockd.block.copy_memory import ALIGNMENT, LENGTH, SMALL_LENGTH, CopyMemory
 from blockd.units import KIB, MIB
 
 
@@ -15,11 +14,11 @@ def address_of(buffer: memoryview) -> int:
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 
-@pytest.mark.parametrize("length", [1, 64 * KIB, LENGTH, LENGTH + 1, 64 * MIB])
+@pytest.mark.parametrize("length", [1, 64 * KIB, SMALL_LENGTH + 1, LENGTH, LENGTH + 1, 64 * MIB])
 def test_memory_is_aligned_and_as_long_as_asked_for(length: int) -> None:
     with CopyMemory().lent(length) as buffer:
         assert len(buffer) == length
-        assert address_of(buffer) % ALIGNMENT == 0
+        assert address_of(buffer) % (mmap.PAGESIZE if length <= SMALL_LENGTH else ALIGNMENT) == 0
 
 
 def test_memory_is_used_again() -> None:
@@ -42,11 +41,11 @@ def test_copies_at_once_have_memory_of_their_own() -> None:
 
 def test_all_but_one_buffer_go_when_no_copy_is_under_way() -> None:
     memory = CopyMemory()
-    with memory.lent(1), memory.lent(1):
-        with memory.lent(1):
+    with memory.lent(1 * MIB), memory.lent(1 * MIB):
+        with memory.lent(1 * MIB):
             pass
         assert len(memory._free) == 1
-        with memory.lent(1), memory.lent(1):
+        with memory.lent(1 * MIB), memory.lent(1 * MIB):
             pass
         assert len(memory._free) == 2, "they are needed again"
     assert len(memory._free) == 1
@@ -54,7 +53,7 @@ def test_all_but_one_buffer_go_when_no_copy_is_under_way() -> None:
 
 def test_memory_that_is_too_small_is_replaced() -> None:
     memory = CopyMemory()
-    with memory.lent(1):
+    with memory.lent(1 * MIB):
         pass
     with memory.lent(LENGTH + 1) as buffer:
         assert len(buffer) == LENGTH + 1
@@ -63,33 +62,20 @@ def test_memory_that_is_too_small_is_replaced() -> None:
 
 def test_memory_of_a_copy_that_failed_is_used_again() -> None:
     memory = CopyMemory()
-    with pytest.raises(OSError, match="source"), memory.lent(1):
+    with pytest.raises(OSError, match="source"), memory.lent(1 * MIB):
         raise OSError("the source cannot be read")
     assert memory._lent_count == 0
     assert len(memory._free) == 1
 
 
-def test_threads_take_turns() -> None:
+def test_small_copies_have_pages_of_their_own() -> None:
     memory = CopyMemory()
-    is_asking, has_it = threading.Event(), threading.Event()
-
-    def copy() -> None:
-        is_asking.set()
-        with memory.lent_in_turn(1):
-            has_it.set()
-
     with contextlib.ExitStack() as held:
-        for _ in range(TURN_COUNT):
-            held.enter_context(memory.lent_in_turn(1))
-        thread = threading.Thread(target=copy)
-        thread.start()
-        is_asking.wait()
-        with memory.lent(1):
-            assert memory._lent_count == TURN_COUNT + 1, "who cannot wait does not"
-        assert not has_it.is_set()
-    thread.join()
-    assert has_it.is_set()
-    assert memory._lent_count == 0
+        buffers = [held.enter_context(memory.lent(64 * KIB)) for _ in range(100)]
+        assert not memory._free
+        assert not memory._lent_count
+        assert all(len(buffer) == 64 * KIB and not address_of(buffer) % mmap.PAGESIZE for buffer in buffers)
+        assert len({address_of(buffer) for buffer in buffers}) == 100
 
 
 def test_a_kernel_without_huge_pages_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
