@@ -9,9 +9,9 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-# Enough for the copies of several streams, guest requests and syncs at once, and for as many that wait for a
-# slow source (MERGE_THREAD_COUNT in filters/blkstream.py). They are started when they are needed.
-IO_THREAD_COUNT = 160
+# Enough for several streams whose sources are slow, each with its copies and MERGE_THREAD_COUNT merges
+# (filters/blkstream.py), and for guest requests and syncs besides. Threads are started when they are needed.
+IO_THREAD_COUNT = 512
 
 
 def io_executor() -> ThreadPoolExecutor:

@@ -1,11 +1,13 @@
 """What fills clone into images of each format, what they copy, and that it is the same bytes."""
 
 import random
+import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 
+from blockd.block import copy_memory as memory_module
 from blockd.block.node import BlockNode, FillCounts, OverlayNode, ProtocolNode
 from blockd.filters.fault_rules import FaultRules
 from blockd.filters.faults import FaultsNode
@@ -169,3 +171,20 @@ async def test_nothing_is_cloned_past_what_is_in_front_of_the_target() -> None:
     await filled.fill()
     assert file.cloned_bytes == 0
     assert await filled.own_content() == CONTENT
+
+
+@every_format
+async def test_the_loop_does_not_wait_for_memory(image_format: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New memory takes milliseconds, and longer when another copy gets some."""
+    makers: set[threading.Thread] = set()
+    new_buffer = memory_module._new_buffer
+
+    def watched(length: int) -> memoryview:
+        makers.add(threading.current_thread())
+        return new_buffer(length)
+
+    monkeypatch.setattr(memory_module, "_new_buffer", watched)
+    monkeypatch.setattr(memory_module.copy_memory, "_free", [])
+    await (await make(image_format, await raw_base())).fill(keep_cached=True)
+    assert makers
+    assert threading.main_thread() not in makers

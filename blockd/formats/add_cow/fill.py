@@ -6,6 +6,7 @@ still absent and still wanted, or to clone them, and their bits are set. A guest
 finds its cluster absent and wins; one that comes meanwhile waits for that write, and then overwrites it.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,7 +50,8 @@ async def fill(
     absent = await _absent_ranges(overlay, offset, offset + length)
     if not absent:
         return FillCounts(0, 0, 0)
-    with copy_memory.lent(length) as memory:
+    with contextlib.ExitStack() as held:
+        memory = await in_thread(held.enter_context, copy_memory.lent(length))  # new memory takes its time
         target = Target(overlay.image.file, overlay.cluster_size, keep_cached)
         copy = _Copy(target, memory, offset, source, await source_reader(offset, source))
         planned = [
