@@ -259,6 +259,31 @@ def test_job_holds_back_while_guests_wait(speed: int) -> None:
     run(main())
 
 
+def test_others_have_their_turn_while_the_map_is_looked_at() -> None:
+    """Also where all of it is in memory, so that nothing waits."""
+
+    class CopiedDisk(WatchedDisk):
+        looked_at = most = 0
+
+        async def missing(self, offset: int, length: int) -> list[Extent]:
+            self.looked_at += 1
+            self.most = max(self.most, self.looked_at)
+            return [Extent(offset, min(MIB, length), Kind.UNALLOCATED)]
+
+    async def main() -> None:
+        disk = CopiedDisk()
+        disk.size = 500 * MIB
+        job = StreamJob("j", disk, base_filename=None, base_format=None, clock=now)  # type: ignore[arg-type]
+        async with JobManager(Recorder()) as jobs:
+            jobs.start(job)
+            while job.offset < job.length:
+                disk.looked_at = 0
+                await asyncio.sleep(0)
+        assert 0 < disk.most < 5
+
+    run(main())
+
+
 def test_many_streams_share_the_copies() -> None:
     async def main() -> None:
         disks = [WatchedDisk() for _ in range(4)]

@@ -75,6 +75,10 @@ class Lookup:
         return list(self._table_runs(table, offset, end))
 
     def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
+        entry = self._entry_of_all(table, offset, end)
+        if entry is not None:
+            yield offset, end - offset, entry
+            return
         start, first, distance = offset, None, 0
         for cluster_offset in range(align_down(offset, self._cluster_size), end, self._cluster_size):
             entry = table.entries[(cluster_offset >> self._cluster_bits) & self._index_mask] & STATE_MASK
@@ -87,6 +91,22 @@ class Lookup:
             distance += self._cluster_size
         if first is not None:
             yield start, end - start, first
+
+    def _entry_of_all(self, table: L2Table, offset: int, end: int) -> int | None:
+        """The first entry of a range if all of it is one run, found out without looking at each cluster.
+
+        None: it may be one nevertheless.
+        """
+        index = (offset >> self._cluster_bits) & self._index_mask
+        count = ((end - 1) >> self._cluster_bits) - (offset >> self._cluster_bits) + 1
+        entries = table.entries[index : index + count]
+        first = entries[0]
+        if not first:
+            return 0 if entries == _NOTHING[:count] else None
+        if first & (COMPRESSED | ZERO | self._odd_mask):
+            return None
+        neighbours = range(first, first + count * self._cluster_size, self._cluster_size)
+        return first & STATE_MASK if entries == array("Q", neighbours) else None
 
     def _unmapped_length(self, l1_index: int, offset: int, length: int) -> int:
         end = offset + length

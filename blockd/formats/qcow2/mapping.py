@@ -21,7 +21,7 @@ Source: qcow2 specification, "Cluster mapping".
 import asyncio
 import sys
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
@@ -202,7 +202,7 @@ class Mapping:
         self._changed.add(l1_index)
         return self._insert(l1_index, table)
 
-    def set_entries(self, l1_index: int, table: L2Table, index: int, entries: list[int]) -> None:
+    def set_entries(self, l1_index: int, table: L2Table, index: int, entries: Sequence[int]) -> None:
         """Publish new entries, neighbours from `index` on.
 
         Needs:    `table` was looked up without waiting for anything since: it may be evicted otherwise.
