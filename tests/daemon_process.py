@@ -1,9 +1,11 @@
 """A real daemon in a process of its own, for tests that kill it or talk to it as a user would."""
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -102,10 +104,20 @@ class DaemonProcess:
             raise AssertionError(f"blockd did not end within {STOP_TIMEOUT_S} s:\n{self.stderr}") from None
 
     async def kill(self) -> None:
-        """End the daemon as a crash would: SIGKILL, nothing is cleaned up."""
+        """End the daemon as a crash would: SIGKILL, nothing is cleaned up.
+
+        What copied for it ends with it, a moment later: who supervises daemons waits for all their processes.
+        """
+        copiers = self.copiers()
         if self.is_running:
             self.process.kill()
         await self.process.wait()
+        for pid in copiers:
+            await asyncio.to_thread(wait_until_gone, pid)
+
+    def copiers(self) -> list[int]:
+        """The processes that copy for it, one at most."""
+        return children_of(self.process.pid) if self.is_running else []
 
     @property
     def process(self) -> asyncio.subprocess.Process:
@@ -145,3 +157,28 @@ class DaemonProcess:
     def nbd_uri(self, export: str = "") -> str:
         """The NBD URI of an export, for qemu-img, nbdinfo, fio and the like."""
         return f"nbd+unix:///{export}?socket={self.nbd_path}"
+
+
+def children_of(pid: int) -> list[int]:
+    """Processes that any thread of a process has started."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has ended
+            found += map(int, task.read_text().split())
+    return found
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there, and not only its number because nobody has asked how it ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def wait_until_gone(pid: int) -> None:
+    """Wait until a process has ended."""
+    deadline = time.monotonic() + STOP_TIMEOUT_S
+    while is_alive(pid):
+        assert time.monotonic() < deadline, f"process {pid} is still there"
+        time.sleep(0.001)

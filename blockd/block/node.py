@@ -107,6 +107,11 @@ class BlockNode(ABC):
         Cancel:   the range holds old and new data, each 512-byte sector whole; the rest is untouched.
         """
 
+    @property
+    def copies_apart(self) -> bool:
+        """Whether copies into this node are made in another process now, where their sources are files."""
+        return False
+
     @abstractmethod
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """Make a range read as zeroes; with `unmap` its space may be given back."""
@@ -207,6 +212,18 @@ class ProtocolNode(BlockNode, BlockingSource):
         False: it cannot be done, and the range may hold anything; copying finds out why.
         """
         return False
+
+    def copy_apart_blocking(
+        self, source: list[Segment], offset: int, length: int, cluster_size: int
+    ) -> list[int] | None:
+        """Copy in another process, which keeps guests waiting less than threads of this one do.
+
+        The file grows if needed. Clusters that are all zeroes are not written: their positions, from `offset`
+        on, are told. Where the source ends before `length`, zeroes follow.
+
+        None: it cannot be done, or is not worth while, and the range may hold anything.
+        """
+        return None
 
     def allocate_blocking(self, offset: int, length: int) -> None:
         """Take the space of a range that holds nothing yet and reads as zeroes; the file reaches its end."""

@@ -29,17 +29,18 @@ Place = Callable[[int, int], tuple[int, int]]
 class Part(NamedTuple):
     """Neighbouring clusters of the guest that are copied at once; the last one may end where the disk does.
 
-    `place` is asked at most once for each of them.
+    `place` is asked at most once for each of them. `host_offset`: where all of them go, if that is settled.
     """
 
     offset: int
     length: int
     place: Place
+    host_offset: int | None = None
 
-
-def placed_at(host_offset: int) -> Place:
-    """Where a part goes whose clusters are neighbours in the file, too."""
-    return lambda position, length: (host_offset + position, length)
+    @classmethod
+    def at(cls, offset: int, length: int, host_offset: int) -> "Part":
+        """A part whose clusters are neighbours in the file, too."""
+        return cls(offset, length, lambda position, count: (host_offset + position, count), host_offset)
 
 
 def split_zeroes(
@@ -160,11 +161,26 @@ class Target(NamedTuple):
         zero_clusters: set[int] = set()
         for part in parts:
             for start, end, segment in self.split(part.offset, part.offset + part.length, offset, source):
-                if segment is None:
-                    zero_clusters.update(self._copy_blocking(part, start, end, read))
-                else:
+                if segment is not None:
                     self._clone_blocking(part, start, segment, read)
+                    continue
+                plan = clipped(source, start - offset, end - start)
+                found = self._copy_apart_blocking(part, start, end - start, plan)
+                zero_clusters.update(self._copy_blocking(part, start, end, read) if found is None else found)
         return zero_clusters
+
+    def _copy_apart_blocking(
+        self, part: Part, offset: int, length: int, source: list[Segment]
+    ) -> list[int] | None:
+        """Let the file copy a range of clusters of a part apart from this process; None: it does not.
+
+        Tells the offsets of clusters that are all zeroes.
+        """
+        if part.host_offset is None or self.keep_cached:
+            return None
+        host_offset = part.host_offset + offset - part.offset
+        positions = self.file.copy_apart_blocking(source, host_offset, length, self.cluster_size)
+        return None if positions is None else [offset + position for position in positions]
 
     def _copy_blocking(self, part: Part, offset: int, end: int, read: Read) -> Iterator[int]:
         """Copy a range of clusters of a part; yields the offsets of those that are all zeroes."""

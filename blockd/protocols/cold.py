@@ -202,13 +202,17 @@ class ColdWriter:
 
     def can_write(self, fd: int, *bounds: int) -> bool:
         """Whether it can be tried: O_DIRECT is there, and these offsets and lengths are right for it."""
+        return self.direct_fd(fd, *bounds) is not None
+
+    def direct_fd(self, fd: int, *bounds: int) -> int | None:
+        """The file open for direct writes, if it can be and these offsets and lengths are right for that."""
         if any(bound % DIRECT_ALIGNMENT for bound in bounds):
-            return False
+            return None
         if self._direct_fd == _NOT_OPENED:
             with self._lock:
                 if self._direct_fd == _NOT_OPENED:
                     self._direct_fd = _open_direct(fd)
-        return self._direct_fd != _NO_DIRECT
+        return None if self._direct_fd == _NO_DIRECT else self._direct_fd
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> int:
         """Write `data`; tells how much of it, from its start, was written.
@@ -220,7 +224,8 @@ class ColdWriter:
             return 0  # there is no address to be had
         memory = ctypes.c_char.from_buffer(view)
         with self._writes:
-            return native_aio.write_blocking(self._direct_fd, offset, ctypes.addressof(memory), len(view))
+            write = native_aio.Write(self._direct_fd, offset, ctypes.addressof(memory), len(view))
+            return native_aio.write_blocking(write)
 
     def close_blocking(self) -> None:
         """Let go of everything; a later write opens it again.

@@ -21,12 +21,14 @@ from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
-from blockd.block.node import Buffer, ProtocolNode, Source
+from blockd.block.node import Buffer, ProtocolNode, Segment, Source
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
+from blockd.protocols import copier
 from blockd.protocols.cold import ColdWriter, FileEnd
-from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold
+from blockd.protocols.copier_process import ZEROES
+from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, wait_for_claim
 from blockd.protocols.read_buffers import ReadBuffers
 from blockd.protocols.reflink import Cloner, write_back
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
@@ -103,7 +105,7 @@ class FileNode(ProtocolNode):
 
     def lock_blocking(self, mode: LockMode) -> None:
         wanted = claim_for(mode, read_only=self.read_only)
-        change_claim(self._fd, self.filename, self._claim, wanted)
+        wait_for_claim(self._fd, self.filename, self._claim, wanted)
         self._lock_mode, self._claim = mode, wanted
 
     @property
@@ -300,6 +302,33 @@ class FileNode(ProtocolNode):
             self._end.finish(offset, length if is_cloned else 0)
         return is_cloned
 
+    @property
+    def copies_apart(self) -> bool:
+        return copier.copier.is_wanted
+
+    def copy_apart_blocking(
+        self, source: list[Segment], offset: int, length: int, cluster_size: int
+    ) -> list[int] | None:
+        if length < copier.LENGTH_MIN or not self.copies_apart:
+            return None
+        self._require_writable()
+        self._require_length_before(offset + length)
+        segments = _file_segments(source, length)
+        direct_fd = self._cold.direct_fd(self._fd, offset, length, cluster_size)
+        if segments is None or direct_fd is None:
+            return None
+        zeroes: list[int] | None = None
+        self._end.begin()
+        try:
+            with self._room(offset, length):
+                target = copier.TargetFile(direct_fd, self._fd)
+                zeroes = copier.copier.copy(target, offset, segments, cluster_size)
+        finally:
+            self._end.finish(
+                offset, 0 if zeroes is None else copier.written_end(length, zeroes, cluster_size)
+            )
+        return zeroes
+
     def _wants_room_nowait(self, end: int) -> bool:
         return self.is_longer_allowed and self._end.wants_room_nowait(end)
 
@@ -423,6 +452,20 @@ class FileNode(ProtocolNode):
         self._end.give_back(fd)
         self._cold.close_blocking()
         os.close(fd)
+
+
+def _file_segments(source: list[Segment], length: int) -> list[copier.FileSegment] | None:
+    """A plan in terms of open files, `length` bytes of it; None: not all of it is in files as it is."""
+    segments = []
+    for part in source:
+        if part.source is None:
+            segments.append(copier.FileSegment(ZEROES, 0, part.length))
+        elif isinstance(part.source, FileNode):
+            segments.append(copier.FileSegment(part.source._fd, part.offset, part.length))
+        else:
+            return None
+    missing = length - sum(segment.length for segment in segments)
+    return [*segments, copier.FileSegment(ZEROES, 0, missing)] if missing else segments
 
 
 def identity_of(status: os.stat_result) -> tuple[int, int]:

@@ -20,10 +20,16 @@ import errno
 import fcntl
 import os
 import struct
+import time
 from enum import Enum, IntFlag
 from typing import NamedTuple
 
 from blockd.errors import RequestError
+
+# What a daemon that was killed had copied by another process (copier.py) is written, and locked, a moment
+# longer than it lives; and it is perhaps started again at once.
+PATIENCE_S = 0.25
+RETRY_INTERVAL_S = 0.01
 
 _USED_BYTE, _UNSHARED_BYTE = 100, 200
 # struct flock: type, whence, start, length, pid.
@@ -86,6 +92,19 @@ def change_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
         _let_go(fd, wanted, before)
         raise
     _let_go(fd, before, wanted)
+
+
+def wait_for_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
+    """Like `change_claim`, but give whoever is in the way a moment to end."""
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            change_claim(fd, filename, before, wanted)
+            return
+        except RequestError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(RETRY_INTERVAL_S)
 
 
 def hold(fd: int, filename: str, claim: Claim) -> None:

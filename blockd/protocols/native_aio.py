@@ -8,6 +8,7 @@ disk has it; then the thread waits for its end (`io_getevents`), and nobody else
 Where the kernel does not take requests, as in a container that does not allow it, it is one call after all.
 """
 
+import contextlib
 import ctypes
 import errno
 import platform
@@ -20,7 +21,6 @@ _libc.pwrite.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.
 _libc.pwrite.restype = ctypes.c_ssize_t
 
 _PWRITE = 1  # IOCB_CMD_PWRITE
-_COUNT_MAX = 1
 
 
 class _Calls(NamedTuple):
@@ -65,59 +65,96 @@ class _Event(ctypes.Structure):
     ]
 
 
-class _Thread(threading.local):
-    """What this thread gives its requests to; None: not asked for yet, 0: there is none."""
+class Write(NamedTuple):
+    """Write the `length` bytes of memory at `address`, which has to stay until the write is over."""
 
-    context: int | None = None
+    fd: int
+    offset: int
+    address: int
+    length: int
+
+
+class Writes:
+    """Direct writes that the disk has at once, `count_max` at most; of one thread, until the process ends.
+
+    Raises:   OSError: the kernel does not take requests.
+    """
+
+    def __init__(self, count_max: int) -> None:
+        context = ctypes.c_ulong(0)
+        if _CALLS is None or _libc.syscall(
+            ctypes.c_long(_CALLS.io_setup), ctypes.c_long(count_max), ctypes.byref(context)
+        ):
+            raise OSError(ctypes.get_errno(), "the kernel does not take requests")
+        self._context, self._calls = context, _CALLS
+        self._free = list(range(count_max))
+        self._requests = (_Request * count_max)()
+        self._events = (_Event * count_max)()
+
+    def submit(self, write: Write) -> int | None:
+        """Give the kernel a write; tells its number until it is over. None: there are as many as can be.
+
+        Raises:   OSError: the kernel does not take it.
+        """
+        if not self._free:
+            return None
+        number = self._free.pop()
+        fd, offset, address, length = write
+        request = _Request(data=number, opcode=_PWRITE, fd=fd, address=address, length=length, offset=offset)
+        self._requests[number] = request
+        requests = (ctypes.POINTER(_Request) * 1)(ctypes.pointer(self._requests[number]))
+        if (
+            _libc.syscall(ctypes.c_long(self._calls.io_submit), self._context, ctypes.c_long(1), requests)
+            != 1
+        ):
+            self._free.append(number)
+            raise OSError(ctypes.get_errno(), "the kernel does not take the write")
+        return number
+
+    def wait(self) -> list[tuple[int, int]]:
+        """Wait until some are over, one at least: their numbers, and how much of each was written, or < 0.
+
+        Whatever happens meanwhile: until then their memory is in use.
+
+        Needs:    there is one.
+        """
+        while (count := self._get_events()) < 1:
+            assert ctypes.get_errno() == errno.EINTR, "the kernel knows the context"
+        over = [(event.data, event.result) for event in self._events[:count]]
+        self._free += (number for number, _ in over)
+        return over
+
+    def _get_events(self) -> int:
+        return int(
+            _libc.syscall(
+                *(ctypes.c_long(self._calls.io_getevents), self._context, ctypes.c_long(1)),
+                *(ctypes.c_long(len(self._events)), self._events, None),
+            )
+        )
+
+
+class _Thread(threading.local):
+    """What this thread writes with; None: not asked for yet, or, if `is_asked`, there is none."""
+
+    writes: Writes | None = None
+    is_asked = False
 
 
 _thread = _Thread()
 
 
-def write_blocking(fd: int, offset: int, address: int, length: int) -> int:
-    """Write the memory at `address`; tells how much of it, from its start, was written.
+def write_blocking(write: Write) -> int:
+    """Write; tells how much, from the start, was written.
 
-    Needs:    the file is open for direct I/O, and all numbers are right for that; the memory stays.
+    Needs:    the file is open for direct I/O, and all numbers are right for that.
     """
-    if _thread.context is None:
-        _thread.context = _new_context()
-    if _thread.context:
-        request = _Request(opcode=_PWRITE, fd=fd, address=address, length=length, offset=offset)
-        if _submit(_thread.context, request):
-            return max(0, _result(_thread.context))
-    return max(0, int(_libc.pwrite(fd, address, length, offset)))
-
-
-def _new_context() -> int:
-    """Return what requests are given to; 0 if there is no such thing here. It ends with the process."""
-    context = ctypes.c_ulong(0)
-    if _CALLS is None or _libc.syscall(
-        ctypes.c_long(_CALLS.io_setup), ctypes.c_long(_COUNT_MAX), ctypes.byref(context)
-    ):
-        return 0
-    return context.value
-
-
-def _submit(context: int, request: _Request) -> bool:
-    """Give the kernel a request; False: it does not take it."""
-    assert _CALLS is not None, "without calls there is no context"
-    requests = (ctypes.POINTER(_Request) * 1)(ctypes.pointer(request))
-    submitted = _libc.syscall(
-        ctypes.c_long(_CALLS.io_submit), ctypes.c_ulong(context), ctypes.c_long(1), requests
-    )
-    return bool(submitted == 1)
-
-
-def _result(context: int) -> int:
-    """Wait until the one request is over, whatever happens meanwhile: until then its memory is in use."""
-    assert _CALLS is not None, "without calls there is no context"
-    event = _Event()
-    while (
-        _libc.syscall(
-            *(ctypes.c_long(_CALLS.io_getevents), ctypes.c_ulong(context), ctypes.c_long(1)),
-            *(ctypes.c_long(1), ctypes.byref(event), None),
-        )
-        != 1
-    ):
-        assert ctypes.get_errno() == errno.EINTR, "the kernel knows the context"
-    return int(event.result)
+    if not _thread.is_asked:
+        _thread.is_asked = True
+        with contextlib.suppress(OSError):
+            _thread.writes = Writes(1)
+    if _thread.writes is not None:
+        with contextlib.suppress(OSError):
+            _thread.writes.submit(write)
+            [(_, written)] = _thread.writes.wait()
+            return max(0, written)
+    return max(0, int(_libc.pwrite(write.fd, write.address, write.length, write.offset)))

@@ -1,5 +1,6 @@
 """Copies that go from file to file, into room behind the end: the same bytes, whatever of it is missing."""
 
+import errno
 import math
 import os
 import queue
@@ -7,6 +8,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
@@ -93,21 +95,26 @@ async def test_fill_where_only_a_part_is_written_directly(
     """Less than a cluster, so that the rest of that is written too."""
     chain, real = await make_chain(tmp_path), native_aio.write_blocking
 
-    def write_most(fd: int, offset: int, address: int, length: int) -> int:
-        return real(fd, offset, address, length - 4096)
+    def write_most(write: native_aio.Write) -> int:
+        return real(write._replace(length=write.length - 4096))
 
     monkeypatch.setattr(native_aio, "write_blocking", write_most)
     await assert_filled(chain)
 
 
-@pytest.mark.parametrize("missing", ["_new_context", "_submit"])
+@pytest.mark.parametrize("missing", ["__init__", "submit"])
 async def test_fill_where_the_kernel_takes_no_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str
 ) -> None:
     chain = await make_chain(tmp_path)
-    waited: list[int] = []
-    monkeypatch.setattr(native_aio, missing, lambda *_: 0)
-    monkeypatch.setattr(native_aio, "_result", waited.append)
+    waited: list[native_aio.Writes] = []
+
+    def refuse(*_: object) -> NoReturn:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(native_aio, "_thread", native_aio._Thread())
+    monkeypatch.setattr(native_aio.Writes, missing, refuse)
+    monkeypatch.setattr(native_aio.Writes, "wait", waited.append)
     await assert_filled(chain)
     assert not waited
 
@@ -155,12 +162,12 @@ def test_direct_writes_are_prepared_while_the_disk_has_others(
     under_way: list[int] = []
     began: queue.Queue[int] = queue.Queue()
 
-    def write_blocking(_fd: int, offset: int, _address: int, length: int) -> int:
-        under_way.append(offset)
+    def write_blocking(write: native_aio.Write) -> int:
+        under_way.append(write.offset)
         began.put(len(under_way))
         is_over.acquire()
-        under_way.remove(offset)
-        return length
+        under_way.remove(write.offset)
+        return write.length
 
     monkeypatch.setattr(native_aio, "write_blocking", write_blocking)
     count = 2 * cold.DIRECT_WRITE_COUNT

@@ -7,7 +7,9 @@ order holds on the disk too is shown by tests/crash.
 import asyncio
 import contextlib
 import json
+import os
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -125,6 +127,34 @@ async def test_killed_at_any_moment_the_disk_is_right_and_the_stream_can_go_on(
             model = ModelDisk(content)
             if recorded_backing(chain.active) is None:
                 break
+
+
+async def test_killed_while_another_process_copies(tmp_path: Path) -> None:
+    """That ends, too, whatever it is about; then the image is free, and right."""
+    rng = random.Random(5)
+    content = rng.randbytes(64 * MIB)
+    base, active = tmp_path / "base.raw", tmp_path / "active.qcow2"
+    base.write_bytes(content)
+    for run in range(6):
+        active.unlink(missing_ok=True)
+        qemu_img.create(active, len(content), backing=base, backing_format="raw")
+        chain = Chain([base, active], ["raw", "qcow2"], CLUSTER, content)
+        session = await Session.start(tmp_path / f"run{run}", chain, ModelDisk(content), seed=run)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(session.use_disk())
+            await session.guest.step()
+            await session.qmp.command("block_stream", device="vda", speed=rng.choice([0, 256 * MIB]))
+            copiers: list[int] = []
+            while not copiers:
+                await asyncio.sleep(0)
+                copiers = session.daemon.copiers()
+            await asyncio.sleep(rng.random() * 0.1)  # the moment of the kill
+            if run % 2:
+                os.kill(copiers[0], signal.SIGSTOP)
+            after = await session.kill()
+        qemu_img.assert_sound(active)
+        problems = list(after.problems(qemu_img.content(active)))
+        assert problems == [], f"run {run}: {problems[:5]}"
 
 
 @pytest.mark.parametrize("base_format", ["raw", "qcow2"])

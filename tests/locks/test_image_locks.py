@@ -2,8 +2,9 @@
 
 import os
 import subprocess
+import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import ExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,17 @@ def run(*command: str | Path) -> tuple[int, str]:
     words = [str(word) for word in command]
     done = subprocess.run(words, capture_output=True, text=True, timeout=qemu_img.TIMEOUT_S, check=False)
     return done.returncode, done.stdout + done.stderr
+
+
+async def test_who_ends_a_moment_later_is_waited_for(image: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the process that copied for a daemon which was killed."""
+    with ExitStack() as holder:
+        fd = os.open(image, os.O_RDWR)
+        holder.callback(os.close, fd)
+        change_claim(fd, "holder", NO_CLAIM, claim_for(LockMode.USUAL, read_only=False))
+        monkeypatch.setattr(time, "sleep", lambda _: holder.close())
+        async with opened(image, read_only=False) as free:
+            assert free.size == MIB
 
 
 # -- another program has it -------------------------------------------------------------------------

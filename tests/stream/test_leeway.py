@@ -14,7 +14,7 @@ from blockd.jobs.leeway import LENGTH_MIN, STEP, Leeway
 from blockd.jobs.manager import JobManager
 from blockd.jobs.pace import LENGTH_MIN as COPY_LENGTH_MIN
 from blockd.jobs.pace import LONG_S, SHORT_S, Pace
-from blockd.jobs.stream import COPY_COUNT, COPY_COUNT_ALL, COPY_LENGTH, StreamJob
+from blockd.jobs.stream import APART_FACTOR, COPY_COUNT, COPY_COUNT_ALL, COPY_LENGTH, StreamJob
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
 from tests.control.fakes import Recorder
@@ -255,6 +255,28 @@ def test_job_holds_back_while_guests_wait(speed: int) -> None:
             job.pause()
             await asyncio.sleep(1)
             assert job.counters.copied == job.offset
+
+    run(main())
+
+
+def test_copies_apart_are_fewer_and_longer() -> None:
+    """The loop has less to do for them; they go back as soon as they are made in threads again."""
+
+    class ApartNode(MemoryNode):
+        copies_apart = True
+
+    async def main() -> None:
+        disk = WatchedDisk()
+        disk.active = ApartNode(0, cluster_size=64 * KIB)
+        job = StreamJob("j", disk, base_filename=None, base_format=None, clock=now)  # type: ignore[arg-type]
+        async with JobManager(Recorder()) as jobs:
+            jobs.start(job)
+            assert await disk.seen_in(1) == (COPY_COUNT // 2, {APART_FACTOR * COPY_LENGTH})
+            disk.waited_s = LATE
+            assert await disk.seen_in(1) == (1, {APART_FACTOR * LENGTH_MIN})
+            disk.waited_s = None
+            disk.active = MemoryNode(0, cluster_size=64 * KIB)
+            assert await disk.seen_in(1) == (COPY_COUNT, {COPY_LENGTH})
 
     run(main())
 

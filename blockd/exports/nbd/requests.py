@@ -81,7 +81,7 @@ async def answer(terms: Terms, request: Request, payload: Buffer) -> list[Buffer
     started_ns = time.monotonic_ns()
     try:
         reply = await _carried_out(terms, request, payload)
-        stats.last_ns = time.monotonic_ns()
+        stats.note_time(time.monotonic_ns())
         if counter is not None:
             counter.add(request.length, stats.last_ns - started_ns)
             if counter is stats.write:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.formats.copying import Part, Target, placed_at, split_zeroes
+from blockd.formats.copying import Part, Target, split_zeroes
 from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK, ZERO
@@ -92,7 +92,7 @@ def _parts(pieces: list[Piece], cluster_size: int) -> Iterator[Part]:
     """What is copied: nothing for a piece that is all zeroes."""
     for offset, cluster_count, host_offset in pieces:
         if host_offset is not None:
-            yield Part(offset, cluster_count * cluster_size, placed_at(host_offset))
+            yield Part.at(offset, cluster_count * cluster_size, host_offset)
 
 
 def _write_zeroes(target: Target, parts: list[Part], zero_clusters: set[int]) -> None:

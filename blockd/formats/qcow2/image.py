@@ -213,6 +213,11 @@ class Qcow2Image(OverlayNode):
             self.file.announce(FileEvent.FLUSH_TO_OS)
             await self.metadata.flush()
 
+    @property
+    def copies_apart(self) -> bool:
+        # Fills of subclusters keep guests from their clusters: not for long.
+        return self.file.copies_apart and not isinstance(self._writes, SubclusterWrites)
+
     @condemning
     async def fill(
         self,

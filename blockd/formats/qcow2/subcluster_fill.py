@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import FillCounts, Segment
-from blockd.formats.copying import Part, Target, placed_at, split_zeroes
+from blockd.formats.copying import Part, Target, split_zeroes
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.fill import empty_ranges
 from blockd.formats.qcow2.header import SUBCLUSTER_COUNT
@@ -117,7 +117,7 @@ class _Filling:
                 while end < piece.end and self._places[end] == place + end - cluster:
                     end += self._size
                 end = min(end, piece.end)
-                yield Part(start, end - start, placed_at(place + start - cluster))
+                yield Part.at(start, end - start, place + start - cluster)
                 start = end
 
     # -- publishing ---------------------------------------------------------------------------

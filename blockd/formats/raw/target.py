@@ -12,7 +12,7 @@ from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, Protoc
 from blockd.block.segments import read_segments
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind, merged
-from blockd.formats.copying import Part, Target, placed_at, split_zeroes
+from blockd.formats.copying import Part, Target, split_zeroes
 from blockd.units import align_up
 
 CLUSTER_SIZE = 65536
@@ -93,7 +93,7 @@ class RawTarget(OverlayNode):
                 if is_zero:
                     zeroed += end - start  # a hole already
                 else:
-                    parts.append(Part(start, end - start, placed_at(start)))
+                    parts.append(Part.at(start, end - start, start))
         zero_clusters = await Target(self.file, CLUSTER_SIZE, keep_cached).copy(parts, offset, source)
         first, last = offset // CLUSTER_SIZE, align_up(offset + length, CLUSTER_SIZE) // CLUSTER_SIZE
         self._is_present[first:last] = b"\1" * (last - first)

@@ -1,0 +1,192 @@
+"""The copier: a process that copies between files while guests are at work.
+
+Copies in threads of the daemon keep guests waiting, though not for the disk: for Python's interpreter, and
+for processors, which a thread in the kernel gives up only when it has copied its megabytes. One thread in a
+process of its own hardly does. It is slower than six threads are; so where no guest asks for anything there
+is no such process.
+
+It gets files and numbers over *lanes*, one copy each at a time, and answers when the copy is on the disk. If
+it does not, for whatever reason, the caller copies: nothing was in use where it may have written.
+"""
+
+import array
+import contextlib
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from blockd.block.accounting import DiskStats
+from blockd.errors import printable
+from blockd.protocols import copier_process as process
+from blockd.units import MIB
+
+log = logging.getLogger(__name__)
+
+# So many copies at once; who wants more makes them in threads.
+LANE_COUNT = 8
+# Less than this is copied sooner than it is asked for.
+LENGTH_MIN = 1 * MIB
+# Guests are at work that asked for something so lately.
+GUEST_TIME_S = 1.0
+START_TIMEOUT_S = 5.0
+# So often it is started again after it did not end by itself.
+FAILURE_COUNT_MAX = 3
+
+_ROOT = Path(__file__).parents[2]
+_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from {} import main; main([*map(int, sys.argv[2:])])"
+_NUMBER_SIZE = 8
+
+
+class FileSegment(NamedTuple):
+    """`length` bytes from `offset` of the open file `fd`; `process.ZEROES`: zeroes."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class TargetFile(NamedTuple):
+    """Where copies go: the file open for direct writes, and as it is locked against others."""
+
+    direct_fd: int
+    locked_fd: int
+
+
+class Copier:
+    """The process while there is one, and the lanes to it; any thread."""
+
+    def __init__(self) -> None:
+        # Those that nobody uses; None: there is no process.
+        self._lanes: list[socket.socket] | None = None
+        self._failure_count = 0
+        self._lock = threading.Lock()
+
+    @property
+    def is_wanted(self) -> bool:
+        """Whether copies should be made here: guests are at work, and it can be."""
+        is_quiet = time.monotonic_ns() - DiskStats.latest_ns > GUEST_TIME_S * 1e9
+        return not is_quiet and self._failure_count < FAILURE_COUNT_MAX
+
+    def copy(
+        self, target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int
+    ) -> list[int] | None:
+        """Copy to `host_offset`, but for clusters that are all zeroes; tells at which positions those are.
+
+        None: it was not done here, or not all of it.
+
+        Needs:    memory of any address can be written directly to all these offsets and lengths.
+        """
+        request = _request(target, host_offset, source, cluster_size)
+        lanes = self._lanes_to_use() if request is not None else None
+        with self._lock:
+            lane = lanes.pop() if lanes else None
+        if request is None or lanes is None or lane is None:
+            return None
+        answer = _asked(lane, *request)
+        with self._lock:
+            if answer and lanes is self._lanes:
+                lanes.append(lane)
+            else:
+                lane.close()
+        return answer[1:].tolist() if answer and answer[0] == process.DONE else None
+
+    def _lanes_to_use(self) -> list[socket.socket] | None:
+        with self._lock:
+            if self._lanes is None and self._failure_count < FAILURE_COUNT_MAX:
+                self._lanes = self._started()
+            return self._lanes
+
+    def _started(self) -> list[socket.socket] | None:
+        """Start the process, and wait until it is there; so do other copies, as guests are at work."""
+        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(LANE_COUNT)]
+        lanes, theirs = [ours for ours, _ in pairs], [their for _, their in pairs]
+        threading.Thread(target=self._attend, args=(lanes, theirs), name="blockd-copier", daemon=True).start()
+        lanes[0].settimeout(START_TIMEOUT_S)
+        with contextlib.suppress(OSError):
+            if lanes[0].recv(_NUMBER_SIZE):
+                lanes[0].settimeout(None)
+                return lanes
+        self._failure_count = FAILURE_COUNT_MAX
+        _close(lanes)
+        return None
+
+    def _attend(self, lanes: list[socket.socket], theirs: list[socket.socket]) -> None:
+        """Have the process, from start to end. If this thread ended before, the kernel would end it."""
+        program = _PROGRAM.format(process.__name__)
+        fds = [lane.fileno() for lane in theirs]
+        command = [sys.executable, "-I", "-S", "-c", program, str(_ROOT), *map(str, fds)]
+        try:
+            with subprocess.Popen(
+                command,
+                pass_fds=fds,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+            ) as child:
+                _close(theirs)
+                _, output = child.communicate()
+            reason = f"status {child.returncode}: {output.decode(errors='replace').strip()}"
+        except OSError as error:
+            _close(theirs)
+            reason = str(error)
+        else:
+            if not child.returncode:
+                reason = ""
+        with self._lock:
+            if self._lanes is lanes:
+                self._lanes = None
+                _close(lanes)
+            if reason:
+                self._failure_count += 1
+        if reason:
+            log.warning("the process that copies beside guests ended, threads copy: %s", printable(reason))
+
+
+def written_end(length: int, zeroes: list[int], cluster_size: int) -> int:
+    """Where the last cluster of a copy ends that is not `zeroes`."""
+    for position in reversed(zeroes):
+        if position + cluster_size < length:
+            break
+        length = position
+    return length
+
+
+def _request(
+    target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int
+) -> "tuple[array.array[int], list[int]] | None":
+    """The copy as numbers and files; None: it is too large for that."""
+    files = list(target)
+    numbers = {process.ZEROES: process.ZEROES}
+    request = array.array("q", [cluster_size, host_offset])
+    for fd, offset, length in source:
+        if fd not in numbers:
+            numbers[fd] = len(files)
+            files.append(fd)
+        request.extend((numbers[fd], offset, length))
+    cluster_count = sum(segment.length for segment in source) // cluster_size
+    number_count_max = process.MESSAGE_LENGTH_MAX // _NUMBER_SIZE
+    if max(len(request), cluster_count + 2) > number_count_max or len(files) > process.FILE_COUNT_MAX:
+        return None
+    return request, files
+
+
+def _asked(lane: socket.socket, request: "array.array[int]", files: list[int]) -> "array.array[int]":
+    """What the process answers; nothing: it is gone, or has never got the request."""
+    try:
+        socket.send_fds(lane, [request], files)
+        return array.array("q", lane.recv(process.MESSAGE_LENGTH_MAX))
+    except OSError:
+        return array.array("q")
+
+
+def _close(lanes: list[socket.socket]) -> None:
+    for lane in lanes:
+        lane.close()
+
+
+copier = Copier()

@@ -1,0 +1,323 @@
+"""The process that copies beside guests: the same bytes, and whatever becomes of it, nothing is lost."""
+
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from blockd.block.accounting import DiskStats
+from blockd.block.node import Segment
+from blockd.errors import RequestError, StorageError
+from blockd.filters.fault_rules import FaultRules
+from blockd.filters.faults import FaultsNode
+from blockd.protocols import cold, copier, copier_process
+from blockd.protocols.copier import Copier
+from blockd.protocols.file import FileNode
+from blockd.units import KIB, MIB
+from tests import chains, qemu_img
+from tests.chains import read_all
+from tests.daemon_process import children_of, is_alive, wait_until_gone
+
+CLUSTER = 64 * KIB
+LENGTH = 9 * MIB + CLUSTER  # pieces of 4 MiB, and a rest
+CONTENT = random.Random(1).randbytes(LENGTH)
+WAIT_S = 60.0
+
+pytestmark = pytest.mark.usefixtures("without_cloning")
+
+
+@pytest.fixture(autouse=True)
+def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copier]:
+    """A copier for the test alone, while guests are at work."""
+    one = Copier()
+    monkeypatch.setattr(copier, "copier", one)
+    monkeypatch.setattr(DiskStats, "latest_ns", sys.maxsize)
+    yield one
+    for pid in processes():
+        kill(pid)
+
+
+def processes() -> list[int]:
+    """Copiers of this process."""
+    return [
+        pid
+        for pid in children_of(os.getpid())
+        if is_alive(pid) and b"copier_process" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    wait_until_noticed(pid)
+
+
+def wait_until_noticed(pid: int) -> None:
+    """Wait until a copier has ended, and who attends to it knows that."""
+    wait_until_gone(pid)
+    for thread in threading.enumerate():
+        if thread.name == "blockd-copier":
+            thread.join(WAIT_S)
+
+
+def with_zeroes(cluster_size: int, seed: int) -> tuple[bytes, list[int]]:
+    """Some content, and where clusters in it are all zeroes: single ones, runs, the first, the last."""
+    rng = random.Random(seed)
+    zeroes = {0, LENGTH // cluster_size - 1}
+    while len(zeroes) < LENGTH // cluster_size // 3:
+        start = rng.randrange(LENGTH // cluster_size)
+        zeroes.update(range(start, min(start + rng.randrange(1, 9), LENGTH // cluster_size)))
+    content = bytearray(CONTENT)
+    for number in zeroes:
+        content[number * cluster_size : (number + 1) * cluster_size] = bytes(cluster_size)
+    return bytes(content), sorted(number * cluster_size for number in zeroes)
+
+
+@asynccontextmanager
+async def files(folder: Path, source: bytes) -> AsyncIterator[tuple[FileNode, FileNode]]:
+    """A source with that content, and an empty target."""
+    nodes = []
+    for name, content, read_only in (("source", source, True), ("target", b"", False)):
+        (folder / name).write_bytes(content)
+        nodes.append(await FileNode.open(str(folder / name), node_name=name, read_only=read_only))
+    yield nodes[0], nodes[1]
+    for node in nodes:
+        await node.close()
+
+
+# -- copies -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cluster_size", [4 * KIB, CLUSTER])
+async def test_what_is_not_zero_is_written_and_what_is_zero_is_told(
+    tmp_path: Path, cluster_size: int
+) -> None:
+    content, zeroes = with_zeroes(cluster_size, seed=cluster_size)
+    async with files(tmp_path, content) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        assert target.copy_apart_blocking(plan, MIB, LENGTH, cluster_size) == zeroes
+        assert len(processes()) == 1
+        assert bytes(await target.read(0, MIB + LENGTH)) == bytes(MIB) + content
+    end = next(end for end in range(LENGTH, 0, -cluster_size) if end - cluster_size not in zeroes)
+    assert (tmp_path / "target").stat().st_size == MIB + end
+    assert (tmp_path / "target").stat().st_blocks * 512 < LENGTH
+
+
+async def test_a_copy_is_put_together_from_files_and_zeroes(tmp_path: Path) -> None:
+    """What a fragmented chain is; borders lie anywhere, and the plan ends before the last cluster does."""
+    rng = random.Random(2)
+    async with files(tmp_path, CONTENT) as (source, target):
+        (tmp_path / "other").write_bytes(CONTENT[::-1])
+        other = await FileNode.open(str(tmp_path / "other"), node_name="other", read_only=True)
+        plan, expected = [], b""
+        while len(expected) < LENGTH - 2 * CLUSTER:
+            length, node = rng.randrange(1, 3 * CLUSTER), rng.choice([source, other, None])
+            offset = rng.randrange(LENGTH - length)
+            plan.append(Segment(length, node, offset))
+            content = bytes(length) if node is None else CONTENT if node is source else CONTENT[::-1]
+            expected += content[:length] if node is None else content[offset : offset + length]
+        expected = expected.ljust(LENGTH, b"\0")
+        zeroes = target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER)
+        assert zeroes == [o for o in range(0, LENGTH, CLUSTER) if not any(expected[o : o + CLUSTER])]
+        assert bytes(await target.read(0, LENGTH)) == expected
+        await other.close()
+
+
+async def test_many_copies_at_once(tmp_path: Path) -> None:
+    """More than there are lanes: whoever finds none copies itself."""
+    count = copier.LANE_COUNT + 2
+    async with files(tmp_path, CONTENT) as (source, target):
+        target.copy_apart_blocking([Segment(MIB, source, 0)], count * MIB, MIB, CLUSTER)  # it has started
+        with ThreadPoolExecutor(count) as threads:
+            copies = [
+                threads.submit(
+                    target.copy_apart_blocking, [Segment(MIB, source, k * MIB)], k * MIB, MIB, CLUSTER
+                )
+                for k in range(8)
+            ]
+        assert [copy.result() for copy in copies] == [[]] * 8
+        assert len(processes()) == 1
+        assert bytes(await target.read(0, 8 * MIB)) == CONTENT[: 8 * MIB]
+
+
+async def test_image_is_filled_as_by_threads(tmp_path: Path) -> None:
+    chain = await chains.make(
+        tmp_path, ["ABCDEFGHIJKLMNOPQRST" * 3 + "0" + "ABCDEF0", "-" * 10 + "!" + "-" * 57], CLUSTER
+    )
+    async with chains.opened(chain) as image:
+        assert image.copies_apart
+        counts = await image.fill(0, image.size, await image.plan_read(0, image.size), lambda _: True)
+        assert (counts.copied, counts.zeroed) == (65 * CLUSTER, 2 * CLUSTER)
+        assert await read_all(image, CLUSTER) == chain.content
+        await image.change_backing(None, None)
+    assert len(processes()) == 1
+    qemu_img.assert_sound(chain.active)
+    assert qemu_img.content(chain.active) == chain.content
+
+
+# -- where it is not for ----------------------------------------------------------------------
+
+
+async def test_no_process_while_guests_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DiskStats, "latest_ns", time.monotonic_ns() - int(1e9 * copier.GUEST_TIME_S) - 1)
+    async with files(tmp_path, CONTENT) as (source, target):
+        assert not target.copies_apart
+        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+    assert processes() == []
+
+
+async def test_what_it_cannot_do_is_left_to_others(tmp_path: Path) -> None:
+    async with files(tmp_path, CONTENT) as (source, target):
+        faults = FaultsNode(source, FaultRules([]), node_name="faults")
+
+        def is_refused(node: FileNode | FaultsNode, offset: int, length: int, cluster_size: int) -> bool:
+            return (
+                target.copy_apart_blocking([Segment(length, node, 0)], offset, length, cluster_size) is None
+            )
+
+        assert is_refused(faults, 0, LENGTH, CLUSTER)  # it is to see everything
+        assert is_refused(source, 0, MIB // 2, CLUSTER)  # not worth while
+        assert is_refused(source, 512, LENGTH, CLUSTER)
+        assert is_refused(source, 0, MIB, 512)  # runs of clusters could be anywhere
+        many = [Segment(KIB, source, 0)] * (LENGTH // KIB)
+        assert target.copy_apart_blocking(many, 0, LENGTH, CLUSTER) is None
+        assert processes() == []
+
+
+async def test_without_direct_writes_threads_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cold, "_open_direct", lambda fd: cold._NO_DIRECT)
+    async with files(tmp_path, CONTENT) as (source, target):
+        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+
+
+# -- when something is wrong ------------------------------------------------------------------
+
+
+async def test_failed_copies_are_made_again_and_say_what_is_wrong(tmp_path: Path) -> None:
+    chain = await chains.make(tmp_path, ["ABCDEFGHIJKLMNOPQRSTUVWXYZABCDE", "-" * 31], CLUSTER, "raw")
+    async with chains.opened(chain) as image:
+        plan = await image.plan_read(0, image.size)
+        os.truncate(chain.paths[0], 20 * CLUSTER)
+        with pytest.raises(StorageError, match="cut short"):
+            await image.fill(0, image.size, plan, lambda _: True)
+        assert len(processes()) == 1
+        chain.paths[0].write_bytes(chain.content)
+        await image.fill(0, image.size, plan, lambda _: True)
+        assert await read_all(image, CLUSTER) == chain.content
+
+
+async def test_a_write_that_fails_is_told(tmp_path: Path, own: Copier) -> None:
+    """Of a file that is not open for writing; the next copy is made as if nothing had been."""
+    async with files(tmp_path, CONTENT):
+        with (tmp_path / "source").open("rb") as source, (tmp_path / "target").open("r+b") as target:
+            segments = [copier.FileSegment(source.fileno(), 0, LENGTH)]
+            right = copier.TargetFile(os.open(tmp_path / "target", os.O_RDWR | os.O_DIRECT), target.fileno())
+            wrong = copier.TargetFile(source.fileno(), target.fileno())
+            answers = [own.copy(file, 0, segments, CLUSTER) for file in (wrong, right, wrong, right)]
+            os.close(right.direct_fd)
+        assert answers == [None, [], None, []]
+        assert (tmp_path / "target").read_bytes() == CONTENT
+    assert len(processes()) == 1
+
+
+async def test_it_is_started_again_when_killed_but_not_for_ever(
+    tmp_path: Path, own: Copier, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with files(tmp_path, CONTENT) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        for _ in range(copier.FAILURE_COUNT_MAX):
+            assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+            kill(*processes())
+        assert not target.copies_apart
+        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) is None
+        assert processes() == []
+    assert caplog.text.count("status -9") == copier.FAILURE_COUNT_MAX
+
+
+async def test_killed_in_the_midst_of_a_copy(tmp_path: Path) -> None:
+    """It has the request and does nothing about it."""
+    async with files(tmp_path, CONTENT) as (source, target):
+        target.copy_apart_blocking([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+        [pid] = processes()
+        os.kill(pid, signal.SIGSTOP)
+        plan = [Segment(LENGTH, source, 0)]
+        with ThreadPoolExecutor(1) as threads:
+            copy = threads.submit(target.copy_apart_blocking, plan, 0, LENGTH, CLUSTER)
+            wait_until_asked()
+            kill(pid)
+            assert copy.result() is None
+        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        assert processes() != [pid]
+
+
+def wait_until_asked() -> None:
+    """Wait until a thread waits for an answer."""
+    while all(frame.f_code is not copier._asked.__code__ for frame in sys._current_frames().values()):
+        time.sleep(0.001)
+
+
+async def test_the_file_is_locked_as_long_as_anything_may_be_written(tmp_path: Path) -> None:
+    """Also when the daemon has gone: here it lets go of everything."""
+    async with files(tmp_path, CONTENT) as (source, target):
+        target.copy_apart_blocking([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+        [pid] = processes()
+        os.kill(pid, signal.SIGSTOP)
+        with ThreadPoolExecutor(1) as threads:
+            copy = threads.submit(
+                target.copy_apart_blocking, [Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER
+            )
+            wait_until_asked()
+            os.close(target._fd)
+            target._fd = os.open(os.devnull, os.O_RDWR)
+            with pytest.raises(RequestError, match="lock"):
+                await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
+            os.kill(pid, signal.SIGCONT)
+            assert copy.result() == []
+        again = await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
+        await again.close()
+
+
+@pytest.mark.parametrize("what", ["program", "python"])
+async def test_where_it_cannot_start_threads_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    caplog.set_level(logging.WARNING)
+    if what == "program":
+        monkeypatch.setattr(copier, "_PROGRAM", "raise SystemExit('not today')  # {}")
+    else:
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    chain = await chains.make(tmp_path, ["ABCDEFGHIJKLMNOPQRSTUVWXYZABCDE", "-" * 31], CLUSTER)
+    async with chains.opened(chain) as image:
+        await image.fill(0, image.size, await image.plan_read(0, image.size), lambda _: True)
+        assert await read_all(image, CLUSTER) == chain.content
+        assert not image.copies_apart
+    wait_until_noticed(0)
+    assert "the process that copies beside guests ended" in caplog.text
+    assert ("not today" if what == "program" else "No such file") in caplog.text
+
+
+@pytest.mark.slow
+async def test_it_ends_by_itself_and_is_started_again(tmp_path: Path, own: Copier) -> None:
+    async with files(tmp_path, CONTENT) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        for _ in range(2):
+            assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+            wait_until_noticed(*processes())
+        assert target.copies_apart
+
+
+def test_it_imports_little() -> None:
+    """It is there soon: neither asyncio nor what the daemon needs."""
+    program = f"import sys; sys.path.append({str(copier._ROOT)!r}); import {copier_process.__name__}"
+    loaded = "; print(*(n for n in sys.modules if n in ('asyncio', 'subprocess', 'pydantic', 'logging')))"
+    command = [sys.executable, "-I", "-S", "-c", program + loaded]
+    assert subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip() == ""
