@@ -28,7 +28,7 @@ from blockd.extents import Extent, Kind
 from blockd.protocols import copier
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.copier_process import ZEROES
-from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, wait_for_claim
+from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, patiently
 from blockd.protocols.read_buffers import ReadBuffers
 from blockd.protocols.reflink import Cloner, write_back
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
@@ -101,11 +101,11 @@ class FileNode(ProtocolNode):
         Raises:   RequestError: somebody else is using the file.
         Fails to: the file is locked as before.
         """
-        await in_thread(self.lock_blocking, mode)
+        await patiently(lambda: in_thread(self.lock_blocking, mode))
 
     def lock_blocking(self, mode: LockMode) -> None:
         wanted = claim_for(mode, read_only=self.read_only)
-        wait_for_claim(self._fd, self.filename, self._claim, wanted)
+        change_claim(self._fd, self.filename, self._claim, wanted)
         self._lock_mode, self._claim = mode, wanted
 
     @property

@@ -16,11 +16,12 @@ when another descriptor of the same file is closed.
 Source:   QEMU documentation, "Image locking"; fcntl(2), "Open file description locks".
 """
 
+import asyncio
 import errno
 import fcntl
 import os
 import struct
-import time
+from collections.abc import Awaitable, Callable
 from enum import Enum, IntFlag
 from typing import NamedTuple
 
@@ -94,17 +95,17 @@ def change_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
     _let_go(fd, before, wanted)
 
 
-def wait_for_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
-    """Like `change_claim`, but give whoever is in the way a moment to end."""
-    deadline = time.monotonic() + PATIENCE_S
+async def patiently(change: Callable[[], Awaitable[None]]) -> None:
+    """Change a claim, giving whoever is in the way a moment to end."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + PATIENCE_S
     while True:
         try:
-            change_claim(fd, filename, before, wanted)
-            return
+            return await change()
         except RequestError:
-            if time.monotonic() > deadline:
+            if loop.time() > deadline:
                 raise
-        time.sleep(RETRY_INTERVAL_S)
+        await asyncio.sleep(RETRY_INTERVAL_S)
 
 
 def hold(fd: int, filename: str, claim: Claim) -> None:

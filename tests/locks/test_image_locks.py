@@ -2,10 +2,10 @@
 
 import os
 import subprocess
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import ExitStack, asynccontextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -66,7 +66,15 @@ async def test_who_ends_a_moment_later_is_waited_for(image: Path, monkeypatch: p
         fd = os.open(image, os.O_RDWR)
         holder.callback(os.close, fd)
         change_claim(fd, "holder", NO_CLAIM, claim_for(LockMode.USUAL, read_only=False))
-        monkeypatch.setattr(time, "sleep", lambda _: holder.close())
+
+        def refused_once(*arguments: Any) -> None:
+            try:
+                change_claim(*arguments)
+            except RequestError:
+                holder.close()
+                raise
+
+        monkeypatch.setattr("blockd.protocols.file.change_claim", refused_once)
         async with opened(image, read_only=False) as free:
             assert free.size == MIB
 
