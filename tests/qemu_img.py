@@ -31,8 +31,11 @@ def qemu(*command: str | Path, expect: int | None = 0) -> str:
 def create(
     path: Path, size: int, *options: str, backing: Path | None = None, backing_format: str = "qcow2"
 ) -> Path:
-    """Make a qcow2 image; `options` as after -o, each one."""
-    link = ["-b", str(backing), "-F", backing_format] if backing else []
+    """Make a qcow2 image; `options` as after -o, each one.
+
+    The backing file is not opened: a daemon may be writing its header just then.
+    """
+    link = ["-u", "-b", str(backing), "-F", backing_format] if backing else []
     extra = [word for option in options for word in ("-o", option)]
     qemu("qemu-img", "create", "-q", "-f", "qcow2", *extra, *link, path, str(size))
     return path
