@@ -1,6 +1,7 @@
 """Asyncio as this project uses it: blocking calls in threads, shared runs, groups of tasks."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -10,13 +11,19 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 # Enough for several streams whose sources are slow, each with its copies and MERGE_THREAD_COUNT merges
-# (filters/blkstream.py), and for guest requests and syncs besides. Threads are started when they are needed.
+# (filters/blkstream.py), and for guest requests and syncs besides. Threads are started when they are needed,
+# but for the first ones: the loop waits while one is started.
 IO_THREAD_COUNT = 512
+READY_THREAD_COUNT = 8
 
 
 def io_executor() -> ThreadPoolExecutor:
     """Make the thread pool that `in_thread` uses; the daemon sets it as its loop's default."""
-    return ThreadPoolExecutor(IO_THREAD_COUNT, thread_name_prefix="blockd-io")
+    executor = ThreadPoolExecutor(IO_THREAD_COUNT, thread_name_prefix="blockd-io")
+    all_there = threading.Barrier(READY_THREAD_COUNT)
+    for _ in range(READY_THREAD_COUNT):
+        executor.submit(all_there.wait)
+    return executor
 
 
 class ThreadCalls:

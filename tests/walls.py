@@ -13,7 +13,7 @@ PROJECT = Path(__file__).parent.parent
 # Rooms by floor: code imports its own room and the floors below, never up and never sideways.
 FLOORS: list[set[str]] = [
     {"errors", "units", "extents"},
-    {"aio", "range_lock", "ratelimit"},
+    {"aio", "range_lock", "ratelimit", "scheduling"},
     {"wire"},
     {"qmp"},
     {"block"},

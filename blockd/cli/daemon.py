@@ -105,12 +105,14 @@ def _serve(config: "Config", when_ready: Callable[[], None], when_ending: Callab
     from blockd.aio import io_executor
     from blockd.cli.log import start_log
     from blockd.daemon import Daemon
+    from blockd.scheduling import take_short_turns
 
     async def run() -> None:
         asyncio.get_running_loop().set_default_executor(io_executor())
         await Daemon().run(config, when_ready, when_ending)
 
     start_log()
+    take_short_turns()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run())
 

@@ -19,6 +19,7 @@ from blockd.block.copy_memory import LENGTH as PIECE_LENGTH
 from blockd.block.copy_memory import copy_memory
 from blockd.block.zero_clusters import zero_clusters
 from blockd.protocols.native_aio import Write, Writes
+from blockd.scheduling import step_back
 
 # One is read while the disk has the others.
 PIECE_COUNT = 4
@@ -209,5 +210,4 @@ def _settle_down() -> None:
     """Leave the processors to the daemon and its guests, and end with it, whatever happens to it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it is meant for the daemon
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    step_back()

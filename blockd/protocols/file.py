@@ -25,12 +25,12 @@ from blockd.block.node import Buffer, ProtocolNode, Segment, Source
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError, printable
 from blockd.extents import Extent, Kind
-from blockd.protocols import copier
+from blockd.protocols import copier, writeback
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.copier_process import ZEROES
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, patiently
 from blockd.protocols.read_buffers import ReadBuffers
-from blockd.protocols.reflink import Cloner, write_back
+from blockd.protocols.reflink import Cloner
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
 from blockd.units import MIB
 
@@ -40,13 +40,11 @@ _buffers = ReadBuffers()
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
 
 _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
 # What fallocate answers where a filesystem or device cannot do it.
 _NOT_FOR_THIS_FILE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
-_SYNC_FILE_RANGE_WRITE = 2
 _BLKGETSIZE64 = 0x80081272
 
 # More than this at once would itself hold up the loop.
@@ -292,7 +290,8 @@ class FileNode(ProtocolNode):
             return False
         if not self.can_clone_blocking(source, source_offset, offset, length):
             return False
-        write_back(source._fd, source_offset, length)
+        with contextlib.suppress(OSError):  # who syncs the source will hear of it
+            writeback.finish(source._fd, source_offset, length)
         is_cloned = False
         self._end.begin()
         try:
@@ -338,7 +337,7 @@ class FileNode(ProtocolNode):
         return self._end.room(self._fd, offset, offset + length)
 
     def start_writeback_blocking(self, offset: int, length: int) -> None:
-        _libc.sync_file_range(self._fd, offset, length, _SYNC_FILE_RANGE_WRITE)
+        writeback.start(self._fd, offset, length)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         self._require_writable()
@@ -387,15 +386,17 @@ class FileNode(ProtocolNode):
     def sync_blocking(self) -> None:
         self._require_writable()
         self.require_unchanged_blocking()
-        self._sync_count += 1
         try:
-            self._end.give_back(self._fd, unless_used=True)
-            os.fdatasync(self._fd)
+            writeback.finish(self._fd)  # most of it while guests' writes need no thread
+            self._sync_count += 1
+            try:
+                self._end.give_back(self._fd, unless_used=True)
+                os.fdatasync(self._fd)
+            finally:
+                self._sync_count -= 1
         except OSError as error:
             self.failed = self.failed or StorageError.from_os(error, "sync", self.filename)
             raise self.failed from error
-        finally:
-            self._sync_count -= 1
 
     async def resize(self, size: int) -> None:
         await in_thread(self.truncate_blocking, size)

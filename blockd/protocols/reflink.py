@@ -4,18 +4,13 @@ Filesystems that can do it are XFS, btrfs and some others; both files have to be
 cannot be cloned, the caller copies.
 """
 
-import ctypes
 import errno
 import fcntl
 import os
 import stat
 import struct
 
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.sync_file_range.argtypes = [ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint]
-
 _FICLONERANGE = 0x4020940D
-_SYNC_FILE_RANGE_WRITE_AND_WAIT = 7
 
 # What is a multiple of the blocks of nearly every filesystem. Where they are larger, more is copied.
 CLONE_ALIGNMENT = 4096
@@ -50,7 +45,8 @@ class Cloner:
 
         A failure is the last try with this source, unless the source has an end before that of the range.
 
-        Needs:    `can_clone`; the source's range is in no need of write-back, see `write_back`.
+        Needs:    `can_clone`; the source's range is in no need of write-back: cloning would see to it, and
+                  keep guests from both files meanwhile.
         """
         if not _clone_range(fd, offset, source_fd, source_offset, length):
             return True
@@ -58,11 +54,6 @@ class Cloner:
         if source_offset + length <= status.st_size:
             self._answers[status.st_dev, status.st_ino] = False
         return False
-
-
-def write_back(fd: int, offset: int, length: int) -> None:
-    """Bring a range to the disk. Cloning would do it too, and keep guests from both files meanwhile."""
-    _libc.sync_file_range(fd, offset, length, _SYNC_FILE_RANGE_WRITE_AND_WAIT)
 
 
 def _clone_range(fd: int, offset: int, source_fd: int, source_offset: int, length: int) -> int:

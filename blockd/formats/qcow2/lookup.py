@@ -71,8 +71,18 @@ class Lookup:
         if table is None:
             return [(offset, self._unmapped_length(l1_index, offset, length), 0)]
         end = min(offset + length, (l1_index + 1) << self._table_bits)
-        end = min(end, align_down(offset, self._cluster_size) + RUN_CLUSTER_COUNT_MAX * self._cluster_size)
-        return list(self._table_runs(table, offset, end))
+        stop = align_down(offset, self._cluster_size) + RUN_CLUSTER_COUNT_MAX * self._cluster_size
+        empty_end = self._empty_end(table, offset, end) if stop < end else offset
+        if empty_end >= stop:
+            return [(offset, empty_end - offset, 0)]
+        return list(self._table_runs(table, offset, min(end, stop)))
+
+    def _empty_end(self, table: L2Table, offset: int, end: int) -> int:
+        """Where a stretch of unallocated clusters ends that begins at `offset`."""
+        index = (offset >> self._cluster_bits) & self._index_mask
+        count = ((end - 1) >> self._cluster_bits) - (offset >> self._cluster_bits) + 1
+        empty_count = _first_set(table.entries, index, index + count) - index
+        return min(end, align_down(offset, self._cluster_size) + empty_count * self._cluster_size)
 
     def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
         entry = self._entry_of_all(table, offset, end)
