@@ -4,7 +4,6 @@ Requests that are answered at once are timed a turn of the event loop at a time,
 """
 
 import time
-from typing import ClassVar
 
 
 class Counter:
@@ -27,11 +26,21 @@ class Counter:
         self.time_ns += time_ns
 
 
+class AllGuests:
+    """All disks together."""
+
+    __slots__ = ("last_ns",)
+
+    def __init__(self) -> None:
+        # When something was last done; 0: never.
+        self.last_ns = 0
+
+
+all_guests = AllGuests()
+
+
 class DiskStats:
     """All kinds of requests to one disk; zeroing counts as writing."""
-
-    # When something was last done to any disk.
-    latest_ns: ClassVar[int] = 0
 
     __slots__ = ("flush", "highest_write", "last_ns", "read", "unmap", "write")
 
@@ -45,15 +54,11 @@ class DiskStats:
         # When something was last done; 0: never.
         self.last_ns = 0
 
-    def note_time(self, now_ns: int) -> None:
-        """Something was done now."""
-        self.last_ns = DiskStats.latest_ns = now_ns
-
     def note_write(self, end: int) -> None:
         self.highest_write = max(self.highest_write, end)
 
     def share_time(self, time_ns: int, reads: int, writes: int) -> None:
         """Account for the time of a turn that answered so many reads and writes."""
-        self.note_time(time.monotonic_ns())
+        self.last_ns = all_guests.last_ns = time.monotonic_ns()
         self.read.time_ns += time_ns * reads // (reads + writes)
         self.write.time_ns += time_ns * writes // (reads + writes)

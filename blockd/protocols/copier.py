@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from blockd.block.accounting import DiskStats
+from blockd.block.accounting import all_guests
 from blockd.errors import printable
 from blockd.protocols import copier_process as process
 from blockd.units import MIB
@@ -69,7 +69,7 @@ class Copier:
     @property
     def is_wanted(self) -> bool:
         """Whether copies should be made here: guests are at work, and it can be."""
-        is_quiet = time.monotonic_ns() - DiskStats.latest_ns > GUEST_TIME_S * 1e9
+        is_quiet = time.monotonic_ns() - all_guests.last_ns > GUEST_TIME_S * 1e9
         return not is_quiet and self._failure_count < FAILURE_COUNT_MAX
 
     def copy(

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.block.accounting import DiskStats
+from blockd.block.accounting import all_guests
 from blockd.block.node import Segment
 from blockd.errors import RequestError, StorageError
 from blockd.filters.fault_rules import FaultRules
@@ -41,7 +41,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copier]:
     """A copier for the test alone, while guests are at work."""
     one = Copier()
     monkeypatch.setattr(copier, "copier", one)
-    monkeypatch.setattr(DiskStats, "latest_ns", sys.maxsize)
+    monkeypatch.setattr(all_guests, "last_ns", sys.maxsize)
     yield one
     for pid in processes():
         kill(pid)
@@ -168,7 +168,7 @@ async def test_image_is_filled_as_by_threads(tmp_path: Path) -> None:
 
 
 async def test_no_process_while_guests_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(DiskStats, "latest_ns", time.monotonic_ns() - int(1e9 * copier.GUEST_TIME_S) - 1)
+    monkeypatch.setattr(all_guests, "last_ns", time.monotonic_ns() - int(1e9 * copier.GUEST_TIME_S) - 1)
     async with files(tmp_path, CONTENT) as (source, target):
         assert not target.copies_apart
         assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
