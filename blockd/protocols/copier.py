@@ -10,7 +10,6 @@ it does not, for whatever reason, the caller copies: nothing was in use where it
 """
 
 import array
-import contextlib
 import logging
 import socket
 import subprocess
@@ -34,6 +33,7 @@ LENGTH_MIN = 1 * MIB
 # Guests are at work that asked for something so lately.
 GUEST_TIME_S = 1.0
 START_TIMEOUT_S = 5.0
+THREAD_NAME = "blockd-copier"
 # So often it is started again after it did not end by itself.
 FAILURE_COUNT_MAX = 3
 
@@ -103,17 +103,35 @@ class Copier:
 
     def _started(self) -> list[socket.socket] | None:
         """Start the process, and wait until it is there; so do other copies, as guests are at work."""
-        pairs = [socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET) for _ in range(LANE_COUNT)]
-        lanes, theirs = [ours for ours, _ in pairs], [their for _, their in pairs]
-        threading.Thread(target=self._attend, args=(lanes, theirs), name="blockd-copier", daemon=True).start()
-        lanes[0].settimeout(START_TIMEOUT_S)
-        with contextlib.suppress(OSError):
+        lanes: list[socket.socket] = []
+        theirs: list[socket.socket] = []
+        try:
+            for _ in range(LANE_COUNT):
+                pair = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+                lanes.append(pair[0])
+                theirs.append(pair[1])
+            attendant = threading.Thread(
+                target=self._attend, args=(lanes, theirs), name=THREAD_NAME, daemon=True
+            )
+            attendant.start()
+        except (OSError, RuntimeError) as error:
+            self._give_up(lanes + theirs, str(error))
+            return None
+        try:
+            lanes[0].settimeout(START_TIMEOUT_S)
             if lanes[0].recv(_NUMBER_SIZE):
                 lanes[0].settimeout(None)
                 return lanes
-        self._failure_count = FAILURE_COUNT_MAX
-        _close(lanes)
+            reason = "it ended at once"
+        except OSError as error:
+            reason = str(error)
+        self._give_up(lanes, reason)
         return None
+
+    def _give_up(self, lanes: list[socket.socket], reason: str) -> None:
+        _close(lanes)
+        self._failure_count = FAILURE_COUNT_MAX
+        log.warning("no process could be started that copies beside guests, threads copy: %s", reason)
 
     def _attend(self, lanes: list[socket.socket], theirs: list[socket.socket]) -> None:
         """Have the process, from start to end. If this thread ended before, the kernel would end it."""

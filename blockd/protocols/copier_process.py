@@ -208,6 +208,11 @@ def _received(lane: socket.socket) -> Copy | None:
 
 def _settle_down() -> None:
     """Leave the processors to the daemon and its guests, and end with it, whatever happens to it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from a terminal it is meant for the daemon
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # for the daemon, which may still have copies
+        signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     step_back()

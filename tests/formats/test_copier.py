@@ -1,9 +1,11 @@
 """The process that copies beside guests: the same bytes, and whatever becomes of it, nothing is lost."""
 
+import errno
 import logging
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -65,7 +67,7 @@ def wait_until_noticed(pid: int) -> None:
     """Wait until a copier has ended, and who attends to it knows that."""
     wait_until_gone(pid)
     for thread in threading.enumerate():
-        if thread.name == "blockd-copier":
+        if thread.name == copier.THREAD_NAME:
             thread.join(WAIT_S)
 
 
@@ -243,6 +245,18 @@ async def test_it_is_started_again_when_killed_but_not_for_ever(
     assert caplog.text.count("status -9") == copier.FAILURE_COUNT_MAX
 
 
+async def test_what_ends_the_daemon_in_an_orderly_way_leaves_it_its_copies(tmp_path: Path) -> None:
+    """A terminal, or who supervises services, signals all processes at once."""
+    async with files(tmp_path, CONTENT) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        [pid] = processes()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(pid, number)
+        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        assert processes() == [pid]
+
+
 async def test_killed_in_the_midst_of_a_copy(tmp_path: Path) -> None:
     """It has the request and does nothing about it."""
     async with files(tmp_path, CONTENT) as (source, target):
@@ -284,6 +298,26 @@ async def test_the_file_is_locked_as_long_as_anything_may_be_written(tmp_path: P
             assert copy.result() == []
         again = await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
         await again.close()
+
+
+async def test_without_more_descriptors_threads_copy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = socket.socketpair
+    pairs: list[tuple[socket.socket, socket.socket]] = []
+
+    def socketpair(family: int, kind: int) -> tuple[socket.socket, socket.socket]:
+        if len(pairs) == 3:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        pairs.append(real(family, kind))
+        return pairs[-1]
+
+    monkeypatch.setattr(socket, "socketpair", socketpair)
+    async with files(tmp_path, CONTENT) as (source, target):
+        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+        assert not target.copies_apart
+    assert all(end.fileno() == -1 for pair in pairs for end in pair)
+    assert "Too many open files" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["program", "python"])
