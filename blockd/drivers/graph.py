@@ -24,8 +24,8 @@ from blockd.drivers.sharing import check_chain, check_single_writer, check_unsha
 from blockd.drivers.table import DRIVERS, FORMATS, copy_on_read
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
-from blockd.protocols.file import identity_of
 from blockd.protocols.image_lock import LockMode
+from blockd.protocols.opening import identity_of
 
 log = logging.getLogger(__name__)
 

@@ -10,12 +10,12 @@ can let files share blocks (reflink.py).
 import contextlib
 import ctypes
 import errno
-import fcntl
 import logging
 import os
 import stat
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Self
@@ -29,6 +29,7 @@ from blockd.protocols import copier, writeback
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.copier_process import ZEROES
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, patiently
+from blockd.protocols.opening import identity_of, open_blocking
 from blockd.protocols.read_buffers import ReadBuffers
 from blockd.protocols.reflink import Cloner
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
@@ -45,7 +46,6 @@ _FALLOC_KEEP_SIZE = 0x01
 _FALLOC_PUNCH_HOLE = 0x02
 # What fallocate answers where a filesystem or device cannot do it.
 _NOT_FOR_THIS_FILE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.EPERM)
-_BLKGETSIZE64 = 0x80081272
 
 # More than this at once would itself hold up the loop.
 NOWAIT_LENGTH_MAX = 1 * MIB
@@ -83,7 +83,7 @@ class FileNode(ProtocolNode):
         """
         opened: list[tuple[int, int]] = []  # filled by the thread, also when nobody waits for it any more
         try:
-            await in_thread(lambda: opened.append(_open_blocking(path, read_only, path)))
+            await in_thread(lambda: opened.append(open_blocking(path, read_only, path)))
             [(fd, size)] = opened
             node = cls(fd, path, size, node_name=node_name, read_only=read_only)
             await node.lock(lock_mode)
@@ -290,7 +290,7 @@ class FileNode(ProtocolNode):
             return False
         if not self.can_clone_blocking(source, source_offset, offset, length):
             return False
-        with contextlib.suppress(OSError):  # who syncs the source will hear of it
+        with source._condemned_by_errors():
             writeback.finish(source._fd, source_offset, length)
         is_cloned = False
         self._end.begin()
@@ -386,7 +386,7 @@ class FileNode(ProtocolNode):
     def sync_blocking(self) -> None:
         self._require_writable()
         self.require_unchanged_blocking()
-        try:
+        with self._condemned_by_errors():
             writeback.finish(self._fd)  # most of it while guests' writes need no thread
             self._sync_count += 1
             try:
@@ -394,6 +394,12 @@ class FileNode(ProtocolNode):
                 os.fdatasync(self._fd)
             finally:
                 self._sync_count -= 1
+
+    @contextlib.contextmanager
+    def _condemned_by_errors(self) -> Iterator[None]:
+        """The kernel tells of what it could not write once, so an error inside is final."""
+        try:
+            yield
         except OSError as error:
             self.failed = self.failed or StorageError.from_os(error, "sync", self.filename)
             raise self.failed from error
@@ -431,7 +437,7 @@ class FileNode(ProtocolNode):
         self._end.give_back(self._fd)
         before, wanted = self._claim, claim_for(self._lock_mode, read_only=read_only)
         with contextlib.ExitStack() as undo:
-            fd, size = _open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
+            fd, size = open_blocking(f"/proc/self/fd/{self._fd}", read_only, self.filename)
             undo.callback(os.close, fd)
             change_claim(self._fd, self.filename, before, wanted)
             undo.callback(change_claim, self._fd, self.filename, wanted, before)
@@ -467,34 +473,3 @@ def _file_segments(source: list[Segment], length: int) -> list[copier.FileSegmen
             return None
     missing = length - sum(segment.length for segment in segments)
     return [*segments, copier.FileSegment(ZEROES, 0, missing)] if missing else segments
-
-
-def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """What is equal exactly for the same file or device, by whichever name it was found."""
-    if stat.S_ISBLK(status.st_mode):
-        return -1, status.st_rdev
-    return status.st_dev, status.st_ino
-
-
-def _open_blocking(path: str, read_only: bool, name: str) -> tuple[int, int]:
-    """Open `path`, `name` in errors, and find out its size, without ever waiting on a FIFO."""
-    flags = (os.O_RDONLY if read_only else os.O_RDWR) | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    try:
-        fd = os.open(path, flags)
-    except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else "the name has a NUL"
-        raise RequestError(f"Could not open '{name}': {reason}") from error
-    with contextlib.ExitStack() as undo:
-        undo.callback(os.close, fd)
-        size = _size(fd, name)
-        undo.pop_all()
-    return fd, size
-
-
-def _size(fd: int, name: str) -> int:
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode):
-        return status.st_size
-    if stat.S_ISBLK(status.st_mode):
-        return int.from_bytes(fcntl.ioctl(fd, _BLKGETSIZE64, bytes(8)), "little")
-    raise RequestError(f"Could not open '{name}': not a regular file or block device")

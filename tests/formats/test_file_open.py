@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from blockd.protocols import file as file_module
+from blockd.protocols import opening
 from blockd.protocols.file import FileNode
 
 
@@ -20,20 +20,20 @@ async def test_cancelled_open_closes_the_file(tmp_path: Path, monkeypatch: pytes
     path = tmp_path / "disk.raw"
     path.write_bytes(b"x" * 512)
     is_opened, may_return = threading.Event(), threading.Event()
-    real_size = file_module._size
+    real_size = opening._size
 
     def held(fd: int, name: str) -> int:
         is_opened.set()
         assert may_return.wait(10)
         return real_size(fd, name)
 
-    monkeypatch.setattr(file_module, "_size", held)
+    monkeypatch.setattr(opening, "_size", held)
     async with asyncio.TaskGroup() as tasks:
-        opening = tasks.create_task(FileNode.open(str(path), node_name="file", read_only=True))
+        task = tasks.create_task(FileNode.open(str(path), node_name="file", read_only=True))
         await asyncio.to_thread(is_opened.wait, 10)
         assert open_count(path) == 1
-        opening.cancel()
+        task.cancel()
         may_return.set()
 
-    assert opening.cancelled()
+    assert task.cancelled()
     assert open_count(path) == 0

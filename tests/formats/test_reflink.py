@@ -13,7 +13,7 @@ import pytest
 from blockd.errors import RequestError, StorageError
 from blockd.filters.fault_rules import FaultRules
 from blockd.filters.faults import FaultsNode
-from blockd.protocols import cold, reflink
+from blockd.protocols import cold, reflink, writeback
 from blockd.protocols.file import FileNode
 from blockd.units import MIB
 from tests.filesystems import Place, shared_bytes
@@ -227,3 +227,20 @@ async def test_cloning_waits_for_direct_writes_here_and_not_in_the_kernel(
         for thread in threads:
             thread.join()
     assert order == ["write", "clone", "later write"]
+
+
+async def test_source_that_cannot_be_written_back_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel tells it once; a later sync of the source would know nothing of it."""
+
+    def fail(*_: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    async with files(tmp_path, bytes(BLOCK)) as (source, target):
+        monkeypatch.setattr(target._cloner, "can_clone", lambda *_: True)
+        monkeypatch.setattr(writeback, "finish", fail)
+        with pytest.raises(StorageError, match=r"Could not sync .*source"):
+            target.clone_blocking(source, 0, 0, BLOCK)
+        assert source.failed is not None
+        monkeypatch.undo()
