@@ -7,7 +7,7 @@ from blockd.jobs.states import JobStatus
 from blockd.qmp.models import Event
 
 
-class JobStatusChange(Event, defer_build=False):
+class JobStatusChange(Event):
     """A job moved to another state."""
 
     name: ClassVar[str] = "JOB_STATUS_CHANGE"
@@ -26,7 +26,7 @@ class BlockJobEnd(Event):
     type: str
 
 
-class BlockJobCompleted(BlockJobEnd, defer_build=False):
+class BlockJobCompleted(BlockJobEnd):
     """A job ended by itself; when it succeeded, its result is on the disk."""
 
     name: ClassVar[str] = "BLOCK_JOB_COMPLETED"
@@ -60,7 +60,7 @@ class BlockJobPending(Event):
     id: str
 
 
-class BlockStreamCompleted(Event, defer_build=False):
+class BlockStreamCompleted(Event):
     """A stream that block_stream started has ended by itself."""
 
     name: ClassVar[str] = "BLOCK_STREAM_COMPLETED"

@@ -23,7 +23,7 @@ TABLE: Table = Table()
 # -- block-stream ------------------------------------------------------------------------------
 
 
-class BlockStreamJobArguments(Arguments, defer_build=False):  # guests would wait for it
+class BlockStreamJobArguments(Arguments):
     """What to copy into which node, and how."""
 
     job_id: str | None = None

@@ -23,7 +23,7 @@ from blockd.qmp.models import Arguments, NonNegative, Result
 TABLE: Table = Table()
 
 
-class BlockStreamArguments(Arguments, defer_build=False):  # guests would wait for it
+class BlockStreamArguments(Arguments):
     """What to copy into the active image of a device, and how."""
 
     device: str

@@ -12,9 +12,23 @@ from blockd.commands import (
     stream,
     transaction,
 )
-from blockd.commands.events import EVENTS
+from blockd.commands.events import EVENTS, BlockJobCompleted, BlockStreamCompleted, JobStatusChange
+from blockd.commands.jobs import BlockStreamJobArguments
+from blockd.commands.stream import BlockStreamArguments
 from blockd.commands.topic import Table
 
 COMMANDS: Table = Table(EVENTS)
 for _module in (stream, jobs, nodes, stats, creation, snapshots, transaction, objects, exports, control):
     COMMANDS.merge(_module.TABLE)
+
+
+def build_models_of_streams() -> None:
+    """Build now what is built when it is first used otherwise, and guests are at work."""
+    for model in (
+        BlockStreamJobArguments,
+        BlockStreamArguments,
+        JobStatusChange,
+        BlockJobCompleted,
+        BlockStreamCompleted,
+    ):
+        model.model_rebuild()

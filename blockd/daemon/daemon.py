@@ -110,8 +110,9 @@ class Daemon:
         return services, qmp
 
     def _load_commands(self) -> "CommandTable[Services]":
-        from blockd.commands.table import COMMANDS
+        from blockd.commands.table import COMMANDS, build_models_of_streams
 
+        build_models_of_streams()
         return COMMANDS.wrapped(self._recorder.recorded)
 
     def _image_paths(self, config: Config) -> list[str]:
