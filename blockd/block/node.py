@@ -25,6 +25,9 @@ from blockd.extents import Extent, Kind
 
 Buffer = bytes | bytearray | memoryview
 
+# Whether all clusters of a range, from one offset to another, are wanted still.
+IsWanted = Callable[[int, int], bool]
+
 # Zeroes written at a time by files that know no other way to take space.
 _ALLOCATE_CHUNK = 1 << 20
 
@@ -318,7 +321,7 @@ class OverlayNode(BlockNode):
         offset: int,
         length: int,
         source: list[Segment],
-        is_wanted: Callable[[int], bool],
+        is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
@@ -327,8 +330,8 @@ class OverlayNode(BlockNode):
         `keep_cached`: it will be read soon, so it should stay in memory.
 
         Whole clusters of zeroes are stored as zero. Nothing becomes visible before all of it is
-        written, and then `is_wanted(cluster_offset)` is asked once for every cluster: a cluster
-        that is no longer wanted, or that got content meanwhile, is left as it is.
+        written, and then `is_wanted` is asked: a cluster that is no longer wanted, or that got content
+        meanwhile, is left as it is.
 
         Needs:    offset and length are multiples of `cluster_size` (the end may be the disk's end).
         Fails to: no cluster of the range changed.

@@ -42,10 +42,13 @@ class Copy(Entry):
         if start < end and self.overlaps(start, end):
             self._cancelled.append((start, end))
 
-    def is_wanted(self, cluster_offset: int) -> bool:
-        if not self._cancelled:  # asked of every cluster, and nearly always so
-            return True
-        return not any(start <= cluster_offset < end for start, end in self._cancelled)
+    def is_wanted(self, start: int, end: int) -> bool:
+        """Whether all clusters of a range are."""
+        return not any(low < end and start < high for low, high in self._cancelled)
+
+    def brings(self, offset: int) -> bool:
+        """Whether the cluster at `offset` is being copied."""
+        return self.overlaps(offset, offset + 1) and self.is_wanted(offset, offset + 1)
 
 
 class WriteQueue:
@@ -139,7 +142,4 @@ def _overlapping(entries: Iterable[Entry], start: int, end: int) -> Entry | None
 
 
 def _overlapping_cluster(copies: Iterable[Copy], clusters: list[int]) -> Copy | None:
-    for copy in copies:
-        if any(copy.overlaps(cluster, cluster + 1) and copy.is_wanted(cluster) for cluster in clusters):
-            return copy
-    return None
+    return next((copy for copy in copies for cluster in clusters if copy.brings(cluster)), None)

@@ -157,7 +157,7 @@ async def test_image_is_filled_as_by_threads(tmp_path: Path) -> None:
     )
     async with chains.opened(chain) as image:
         assert image.copies_apart
-        counts = await image.fill(0, image.size, await image.plan_read(0, image.size), lambda _: True)
+        counts = await image.fill(0, image.size, await image.plan_read(0, image.size), lambda *_: True)
         assert (counts.copied, counts.zeroed) == (65 * CLUSTER, 2 * CLUSTER)
         assert await read_all(image, CLUSTER) == chain.content
         await image.change_backing(None, None)
@@ -210,10 +210,10 @@ async def test_failed_copies_are_made_again_and_say_what_is_wrong(tmp_path: Path
         plan = await image.plan_read(0, image.size)
         os.truncate(chain.paths[0], 20 * CLUSTER)
         with pytest.raises(StorageError, match="cut short"):
-            await image.fill(0, image.size, plan, lambda _: True)
+            await image.fill(0, image.size, plan, lambda *_: True)
         assert len(processes()) == 1
         chain.paths[0].write_bytes(chain.content)
-        await image.fill(0, image.size, plan, lambda _: True)
+        await image.fill(0, image.size, plan, lambda *_: True)
         assert await read_all(image, CLUSTER) == chain.content
 
 
@@ -331,7 +331,7 @@ async def test_where_it_cannot_start_threads_copy(
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     chain = await chains.make(tmp_path, ["ABCDEFGHIJKLMNOPQRSTUVWXYZABCDE", "-" * 31], CLUSTER)
     async with chains.opened(chain) as image:
-        await image.fill(0, image.size, await image.plan_read(0, image.size), lambda _: True)
+        await image.fill(0, image.size, await image.plan_read(0, image.size), lambda *_: True)
         assert await read_all(image, CLUSTER) == chain.content
         assert not image.copies_apart
     wait_until_noticed(0)

@@ -45,7 +45,7 @@ async def make_chain(folder: Path, base_format: str = "raw") -> Chain:
 
 async def fill(image: Qcow2Image) -> FillCounts:
     plan = await image.plan_read(0, image.size)
-    return await image.fill(0, image.size, plan, lambda offset: True)
+    return await image.fill(0, image.size, plan, lambda *_: True)
 
 
 async def assert_filled(chain: Chain) -> None:

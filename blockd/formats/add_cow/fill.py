@@ -7,13 +7,12 @@ finds its cluster absent and wins; one that comes meanwhile waits for that write
 """
 
 import contextlib
-from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from blockd.aio import in_thread
 from blockd.block.copy_memory import copy_memory
 from blockd.block.file_events import FileEvent
-from blockd.block.node import FillCounts, Segment
+from blockd.block.node import FillCounts, IsWanted, Segment
 from blockd.block.segments import clipped
 from blockd.block.zero_clusters import zero_clusters
 from blockd.formats.add_cow.bitmap import ABSENT
@@ -41,7 +40,7 @@ async def fill(
     offset: int,
     length: int,
     source: list[Segment],
-    is_wanted: Callable[[int], bool],
+    is_wanted: IsWanted,
     *,
     keep_cached: bool,
 ) -> FillCounts:
@@ -139,9 +138,7 @@ class _Copy(NamedTuple):
         return self.memory[start - self.offset : end - self.offset]
 
 
-async def _still_wanted(
-    overlay: "AddCowImage", runs: list[Run], is_wanted: Callable[[int], bool]
-) -> list[Run]:
+async def _still_wanted(overlay: "AddCowImage", runs: list[Run], is_wanted: IsWanted) -> list[Run]:
     """What is to be written, neighbours together: clusters that are absent still, and wanted still.
 
     Needs:    the range is held.
@@ -149,10 +146,11 @@ async def _still_wanted(
     chosen: list[Run] = []
     for run in runs:
         for start, end in await _absent_ranges(overlay, run.start, run.end):
-            for cluster in range(start, end, overlay.cluster_size):
-                if is_wanted(cluster):
-                    cluster_end = min(cluster + overlay.cluster_size, end)
-                    _append(chosen, run._replace(start=cluster, end=cluster_end))
+            step = end - start if is_wanted(start, end) else overlay.cluster_size
+            for low in range(start, end, step):
+                high = min(low + step, end)
+                if is_wanted(low, high):
+                    _append(chosen, run._replace(start=low, end=high))
     return chosen
 
 

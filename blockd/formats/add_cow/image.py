@@ -5,11 +5,11 @@ backing. When all clusters are in it (ALL_ALLOCATED, recorded durably) bitmap an
 looked at: the node is then the plain image under another name.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 from blockd.block.file_events import FileEvent
-from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments, zeroes
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind
@@ -199,7 +199,7 @@ class AddCowImage(OverlayNode):
         offset: int,
         length: int,
         source: list[Segment],
-        is_wanted: Callable[[int], bool],
+        is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:

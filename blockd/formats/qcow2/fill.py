@@ -6,12 +6,12 @@ empty and still wanted. A guest write that comes meanwhile therefore never waits
 copy never overwrites one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
-from blockd.block.node import FillCounts, Segment
+from blockd.block.node import FillCounts, IsWanted, Segment
 from blockd.formats.copying import Part, Target, split_zeroes
 from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qcow2.allocator import Run
@@ -28,7 +28,7 @@ async def fill(
     offset: int,
     length: int,
     source: list[Segment],
-    is_wanted: Callable[[int], bool],
+    is_wanted: IsWanted,
     *,
     keep_cached: bool,
 ) -> FillCounts:
@@ -112,7 +112,7 @@ def _giving_back(metadata: Metadata) -> GiveBack:
 
 
 async def _publish(
-    metadata: Metadata, pieces: list[Piece], zero_clusters: set[int], is_wanted: Callable[[int], bool]
+    metadata: Metadata, pieces: list[Piece], zero_clusters: set[int], is_wanted: IsWanted
 ) -> FillCounts:
     """Put the copies into the map; what is not published is given back."""
     mapping = metadata.mapping
@@ -127,7 +127,7 @@ async def _publish(
 
 
 def _publish_piece(
-    metadata: Metadata, piece: Piece, zero_clusters: set[int], is_wanted: Callable[[int], bool]
+    metadata: Metadata, piece: Piece, zero_clusters: set[int], is_wanted: IsWanted
 ) -> FillCounts:
     """Publish a piece that one table in memory maps."""
     mapping, size = metadata.mapping, metadata.header.cluster_size
@@ -136,8 +136,8 @@ def _publish_piece(
     index = (piece.offset >> mapping.cluster_bits) & mapping.index_mask
     entries = table.entries[index : index + piece.cluster_count]
     offsets = range(piece.offset, piece.offset + piece.cluster_count * size, size)
-    wanted = list(map(is_wanted, offsets))
-    is_as_planned = all(wanted) and not any(entries) and zero_clusters.isdisjoint(offsets)
+    is_all_wanted = is_wanted(offsets.start, offsets.stop)
+    is_as_planned = is_all_wanted and not any(entries) and zero_clusters.isdisjoint(offsets)
     if piece.host_offset is not None and is_as_planned:  # nearly always, and guests wait for this
         first = piece.host_offset | COPIED
         mapping.set_entries(l1_index, table, index, range(first, first + len(offsets) * size, size))
@@ -146,7 +146,7 @@ def _publish_piece(
     for number, (offset, old) in enumerate(zip(offsets, entries, strict=True)):
         host_offset = None if piece.host_offset is None else piece.host_offset + number * size
         is_zero = host_offset is None or offset in zero_clusters
-        is_dropped = bool(old & (OFFSET_MASK | COMPRESSED | ZERO)) or not wanted[number]
+        is_dropped = bool(old & (OFFSET_MASK | COMPRESSED | ZERO)) or not is_wanted(offset, offset + size)
         if host_offset is not None and (is_zero or is_dropped):
             metadata.allocator.give_back(Run(host_offset, 1))
         if is_dropped:

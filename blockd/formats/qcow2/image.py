@@ -5,12 +5,11 @@ until they are done (`Allocator.plan`). Writes to clusters of their own go strai
 everything that changes the map is in writes.py and fill.py.
 """
 
-from collections.abc import Callable
 from collections.abc import Mapping as MappingView
 from typing import Self
 
 from blockd.block.file_events import FileEvent
-from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments, zeroes
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind, merged
@@ -224,7 +223,7 @@ class Qcow2Image(OverlayNode):
         offset: int,
         length: int,
         source: list[Segment],
-        is_wanted: Callable[[int], bool],
+        is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:

@@ -5,11 +5,11 @@ So the clusters of a fill are held until it is done, and a guest's write to them
 are allocated whole, nothing waits: fill.py.)
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from blockd.block.file_events import FileEvent
-from blockd.block.node import FillCounts, Segment
+from blockd.block.node import FillCounts, IsWanted, Segment
 from blockd.formats.copying import Part, Target, split_zeroes
 from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.fill import empty_ranges
@@ -33,7 +33,7 @@ async def fill_subclusters(
     offset: int,
     length: int,
     source: list[Segment],
-    is_wanted: Callable[[int], bool],
+    is_wanted: IsWanted,
     *,
     keep_cached: bool,
 ) -> FillCounts:
@@ -122,9 +122,7 @@ class _Filling:
 
     # -- publishing ---------------------------------------------------------------------------
 
-    async def publish(
-        self, pieces: list[Piece], zeroes: set[int], is_wanted: Callable[[int], bool]
-    ) -> FillCounts:
+    async def publish(self, pieces: list[Piece], zeroes: set[int], is_wanted: IsWanted) -> FillCounts:
         """Mark what was copied and is still wanted, cluster by cluster."""
         copied = zeroed = dropped = 0
         for cluster in self._clusters(pieces):
@@ -132,7 +130,7 @@ class _Filling:
             content = zero = 0
             for offset, is_zero in self._subclusters(cluster, pieces):
                 bit = self._writes.subclusters.bits(offset, offset + 1)
-                if not is_wanted(offset):
+                if not is_wanted(offset, offset + 1):
                     dropped += 1
                 elif is_zero or offset in zeroes:
                     zero |= bit

@@ -6,13 +6,12 @@ the cluster is still empty and still wanted. A guest write that comes meanwhile 
 copy, and a copy never overwrites one.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
-from blockd.block.node import FillCounts, Segment
+from blockd.block.node import FillCounts, IsWanted, Segment
 from blockd.formats.copying import Part, Read, Target, source_reader, split_zeroes
 from blockd.formats.publishing import GiveBack, Piece, give_back_pieces, publish_pieces
 from blockd.formats.qed.allocator import Run
@@ -30,7 +29,7 @@ async def fill(
     offset: int,
     length: int,
     source: list[Segment],
-    is_wanted: Callable[[int], bool],
+    is_wanted: IsWanted,
     *,
     keep_cached: bool,
 ) -> FillCounts:
@@ -120,7 +119,7 @@ def _giving_back(metadata: Metadata) -> GiveBack:
 # -- publishing -------------------------------------------------------------------------------
 
 
-async def _publish(metadata: Metadata, pieces: list[Piece], is_wanted: Callable[[int], bool]) -> FillCounts:
+async def _publish(metadata: Metadata, pieces: list[Piece], is_wanted: IsWanted) -> FillCounts:
     """Put the copies into the map; what is not published is given back."""
     mapping = metadata.mapping
 
@@ -133,7 +132,7 @@ async def _publish(metadata: Metadata, pieces: list[Piece], is_wanted: Callable[
     )
 
 
-def _publish_piece(metadata: Metadata, piece: Piece, is_wanted: Callable[[int], bool]) -> FillCounts:
+def _publish_piece(metadata: Metadata, piece: Piece, is_wanted: IsWanted) -> FillCounts:
     """Publish a piece that one page in memory maps."""
     mapping, size = metadata.mapping, metadata.header.cluster_size
     number = piece.offset >> mapping.page_bits
@@ -142,8 +141,9 @@ def _publish_piece(metadata: Metadata, piece: Piece, is_wanted: Callable[[int], 
     entries = page.entries[index : index + piece.cluster_count].tolist()
     dropped = 0
     for position, old in enumerate(entries):
+        offset = piece.offset + position * size
         host_offset = ZERO if piece.host_offset is None else piece.host_offset + position * size
-        if old == UNALLOCATED and is_wanted(piece.offset + position * size):
+        if old == UNALLOCATED and is_wanted(offset, offset + size):
             entries[position] = host_offset
             continue
         dropped += 1

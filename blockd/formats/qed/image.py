@@ -5,12 +5,12 @@ up holds. Writes to clusters that there are go straight to the file; everything 
 in writes.py and fill.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Mapping as MappingView
 from typing import Self
 
 from blockd.block.file_events import FileEvent
-from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments, zeroes
 from blockd.errors import ErrorKind, ImageError, RequestError
 from blockd.extents import Extent, Kind, merged
@@ -246,7 +246,7 @@ class QedImage(OverlayNode):
         offset: int,
         length: int,
         source: list[Segment],
-        is_wanted: Callable[[int], bool],
+        is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:

@@ -5,10 +5,10 @@ this is an overlay for the time of one copy, and a plain file afterwards. An ima
 has to outlive a crash half copied, needs an add-cow file beside it instead.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from itertools import pairwise
 
-from blockd.block.node import BlockNode, Buffer, FillCounts, OverlayNode, ProtocolNode, Segment
+from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
 from blockd.block.segments import read_segments
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Extent, Kind, merged
@@ -81,7 +81,7 @@ class RawTarget(OverlayNode):
         offset: int,
         length: int,
         source: list[Segment],
-        is_wanted: Callable[[int], bool],
+        is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
