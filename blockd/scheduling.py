@@ -8,6 +8,7 @@ import ctypes
 import os
 import platform
 import struct
+import time
 
 # `struct sched_attr`: its size, policy, flags, nice, priority, runtime, deadline, period.
 ATTRIBUTES = struct.Struct("=IIQiIQQQ")
@@ -18,6 +19,9 @@ _RESET_ON_FORK = 1
 SHORT_TURN_NS = 100_000
 # With it, who competes with somebody else for a processor has a tenth of it.
 COPIER_NICE = 10
+# Who keeps a processor for longer than that is no guest; such a one is given way to so often only.
+KEPT_S = 0.002
+KEPT_INTERVAL_S = 0.1
 
 
 def take_short_turns() -> None:
@@ -38,3 +42,20 @@ def step_back() -> None:
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
         os.nice(COPIER_NICE)
+
+
+class Courtesy:
+    """Giving way to whoever waits for this thread's processor, of which the kernel takes its time."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    def give_way(self) -> None:
+        """Let others have their turn; to be called between pieces of work of some 50 µs."""
+        started = time.monotonic()
+        if started < self._next:
+            return
+        os.sched_yield()
+        finished = time.monotonic()
+        if finished - started > KEPT_S:
+            self._next = finished + KEPT_INTERVAL_S

@@ -4,12 +4,22 @@ import ctypes
 import os
 import platform
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
 
 from blockd import scheduling
-from blockd.scheduling import ATTRIBUTES, COPIER_NICE, SHORT_TURN_NS, step_back, take_short_turns
+from blockd.scheduling import (
+    ATTRIBUTES,
+    COPIER_NICE,
+    KEPT_INTERVAL_S,
+    KEPT_S,
+    SHORT_TURN_NS,
+    Courtesy,
+    step_back,
+    take_short_turns,
+)
 
 SCHED_GETATTR = {"x86_64": 315, "aarch64": 275, "riscv64": 275}.get(platform.machine())
 KERNEL = tuple(map(int, platform.release().split(".")[:2]))
@@ -73,3 +83,27 @@ def test_where_there_is_no_such_call_all_goes_on(monkeypatch: pytest.MonkeyPatch
     usual = attributes()
     take_short_turns()
     assert attributes() == usual
+
+
+def test_who_keeps_a_processor_is_given_way_to_seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    gave_way_at: list[float] = []
+
+    def sched_yield() -> None:
+        nonlocal now
+        gave_way_at.append(now)
+        now += kept_s
+
+    monkeypatch.setattr(os, "sched_yield", sched_yield)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    courtesy = Courtesy()
+    kept_s = KEPT_S / 2
+    for _ in range(3):
+        courtesy.give_way()
+    assert len(gave_way_at) == 3
+    kept_s = 2 * KEPT_S
+    for _ in range(3000):
+        courtesy.give_way()
+        now += 0.0001
+    assert len(gave_way_at) == 3 + 3
+    assert gave_way_at[5] - gave_way_at[4] >= KEPT_INTERVAL_S

@@ -44,7 +44,7 @@ RATE_SLICE_S = 0.1
 # fail can make necessary, unless all of them do.
 REST_COUNT_MAX = 16
 # After a crash at most this much is copied again.
-CHECKPOINT_LENGTH = 1 * GIB
+CHECKPOINT_LENGTH = 8 * GIB
 CHECKPOINT_INTERVAL_S = 5.0
 # How long the guests' requests may take before a stream holds back, unless it is told otherwise.
 GUEST_LATENCY_S = 0.005
@@ -310,6 +310,7 @@ class StreamJob(Job):
             self._pace.note(piece.length, self._clock() - began)
             under_way.remove(piece)
             self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
+            await asyncio.sleep(0)  # guests have their turn before the next copy is prepared
             if copying.copier_count > self._copy_count():
                 break
             self._start_copiers(copying)

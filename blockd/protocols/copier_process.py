@@ -19,10 +19,13 @@ from blockd.block.copy_memory import LENGTH as PIECE_LENGTH
 from blockd.block.copy_memory import copy_memory
 from blockd.block.zero_clusters import zero_clusters
 from blockd.protocols.native_aio import Write, Writes
-from blockd.scheduling import step_back
+from blockd.scheduling import Courtesy, step_back
+from blockd.units import KIB
 
 # One is read while the disk has the others.
 PIECE_COUNT = 4
+# What is read before others may have the processor.
+READ_LENGTH = 256 * KIB
 # Runs of clusters that the disk has at once; a piece with zeroes in it is several.
 WRITE_COUNT = 64
 # Without work for so long it ends.
@@ -36,6 +39,8 @@ READY, DONE, FAILED = range(3)
 ZEROES = -1
 
 _PR_SET_PDEATHSIG = 1
+
+_courtesy = Courtesy()
 
 
 class Copy:
@@ -96,7 +101,8 @@ class Copy:
             data[:] = bytes(len(data))
             return
         while data:
-            count = os.preadv(self._files[file], [data], offset)
+            _courtesy.give_way()
+            count = os.preadv(self._files[file], [data[:READ_LENGTH]], offset)
             if not count:
                 raise OSError("the file ends")
             offset, data = offset + count, data[count:]

@@ -1,11 +1,15 @@
 """The stream job alone, over disks that are only played."""
 
+import asyncio
+import itertools
+
 import pytest
 
+from blockd.aio import task_group
 from blockd.block.node import FillCounts
 from blockd.errors import StorageError
 from blockd.extents import Extent, Kind
-from blockd.jobs.stream import REST_COUNT_MAX, StreamJob
+from blockd.jobs.stream import COPY_COUNT, COPY_LENGTH, REST_COUNT_MAX, StreamJob
 from blockd.units import KIB
 
 CLUSTER = 64 * KIB
@@ -59,3 +63,47 @@ async def test_last_step_fails_if_something_stays_missing() -> None:
         await disk.job().commit()
     assert disk.copy_count == REST_COUNT_MAX
     assert not disk.backing_was_changed
+
+
+class HastyDisk(ForgetfulDisk):
+    """A disk that is all missing, and whose copies wait for nothing."""
+
+    copies_apart = False
+
+    def __init__(self) -> None:
+        super().__init__(0)
+        self.size = 100 * COPY_LENGTH
+        self.guest_waits = self
+
+    async def missing(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, length, Kind.DATA)]
+
+    async def populate(self, offset: int, length: int) -> FillCounts:
+        self.copy_count += 1
+        return FillCounts(length, 0, 0)
+
+    async def keep_writes(self) -> None:
+        await asyncio.Event().wait()
+
+    async def flush(self) -> None:
+        pass
+
+    def take(self) -> float | None:
+        return None
+
+
+async def test_guests_have_their_turn_between_copies() -> None:
+    disk = HastyDisk()
+    counts = [0]
+
+    async def have_turns() -> None:
+        while True:
+            counts.append(disk.copy_count)
+            await asyncio.sleep(0)
+
+    async with task_group() as tasks:
+        guest = tasks.create_task(have_turns())
+        await disk.job().run()
+        guest.cancel()
+    assert disk.copy_count == 100
+    assert max(after - before for before, after in itertools.pairwise(counts)) <= COPY_COUNT
