@@ -17,15 +17,13 @@ from blockd.units import GIB, MIB, TIB
 
 # Data for most rows; more than any cache of a daemon, less than the page cache.
 DATA_SIZE = 512 * MIB
-# Data for what has to last: the same twice.
-LARGE_SIZE = 2 * DATA_SIZE
 SPARSE_SIZE = 1 * TIB
 SPARSE_DATA_SIZE = 16 * MIB
 
 REQUIRED_PROGRAMS = {"qemu-img": "qemu-utils", "fio": "fio"}
-FREE_SPACE_NEEDED = 6 * GIB
+FREE_SPACE_NEEDED = 16 * GIB
 # More than all images of a row and what is compared with them.
-MEMORY_USED = 8 * GIB
+MEMORY_USED = 16 * GIB
 
 
 class Lab:
@@ -70,13 +68,12 @@ class Lab:
         qemu_img("convert", "-O", "qcow2", sparse, self.sparse_base.path)
         sparse.unlink()
 
-    @property
-    def large_base(self) -> Image:
-        """A raw base of `LARGE_SIZE`, made when first asked for."""
-        image = Image(self.folder / "large.raw", "raw")
+    def large_base(self, size: int) -> Image:
+        """A raw base of `size`, made when first asked for: the same data over and over again."""
+        image = Image(self.folder / f"large-{size // MIB}.raw", "raw")
         if not image.path.exists():
             with image.path.open("wb") as target:
-                for _ in range(LARGE_SIZE // DATA_SIZE):
+                for _ in range(size // DATA_SIZE):
                     with self.raw_base.path.open("rb") as source:
                         shutil.copyfileobj(source, target, MIB)
         return image
