@@ -38,8 +38,9 @@ def write_refcounts(file: ProtocolNode, refcounts: RefcountChanges) -> None:
 
 def write_checkpoint(file: ProtocolNode, refcounts: RefcountChanges, maps: MappingChanges) -> None:
     """Make all data written so far, and the metadata changes that belong to it, durable."""
-    file.require_unchanged_blocking()
-    write_tables(file, refcounts.blocks, FileEvent.REFBLOCK_UPDATE)
+    if refcounts.blocks:
+        file.require_unchanged_blocking()  # before anything is written; a sync looks, too
+        write_tables(file, refcounts.blocks, FileEvent.REFBLOCK_UPDATE)
     file.sync_blocking()
     if refcounts.table_entries or maps.new_tables:
         write_tables(file, refcounts.table_entries, FileEvent.REFBLOCK_ALLOC_HOOKUP)
