@@ -1,13 +1,14 @@
 """Bytes are the only unit; these are the names of the round ones, and the arithmetic on them."""
 
 import re
+from typing import Final
 
-KIB = 1 << 10
-MIB = 1 << 20
-GIB = 1 << 30
-TIB = 1 << 40
+KIB: Final = 1 << 10
+MIB: Final = 1 << 20
+GIB: Final = 1 << 30
+TIB: Final = 1 << 40
 
-SECTOR_SIZE = 512
+SECTOR_SIZE: Final = 512
 
 
 def align_down(value: int, alignment: int) -> int:

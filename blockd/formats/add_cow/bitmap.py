@@ -8,24 +8,25 @@ stays in memory until then.
 """
 
 import asyncio
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.units import MIB
 
-PAGE_SIZE = 4096
+PAGE_SIZE: Final = 4096
 # One page covers 2 GiB of 64 KiB clusters, the cache 8 TiB.
-PAGE_CACHE_SIZE_MAX = 16 * MIB
-PAGE_COUNT_MAX = PAGE_CACHE_SIZE_MAX // PAGE_SIZE
-PAGE_BIT_COUNT = PAGE_SIZE * 8
+PAGE_CACHE_SIZE_MAX: Final = 16 * MIB
+PAGE_COUNT_MAX = PAGE_CACHE_SIZE_MAX // PAGE_SIZE  # a test makes it smaller
+PAGE_BIT_COUNT: Final = PAGE_SIZE * 8
 
-_PAGE_SHIFT = PAGE_BIT_COUNT.bit_length() - 1
-_BYTE_MASK = PAGE_SIZE - 1
+_PAGE_SHIFT: Final = PAGE_BIT_COUNT.bit_length() - 1
+_BYTE_MASK: Final = PAGE_SIZE - 1
 
-ABSENT, PRESENT = 0, 1
+ABSENT: Final = 0
+PRESENT: Final = 1
 # Some clusters of the range are present and some are not, or a page has to be read to know.
-MIXED = -1
+MIXED: Final = -1
 
 
 class PageWrite(NamedTuple):

@@ -5,6 +5,7 @@ What is told of neighbouring clusters that are alike is the map entry of the fir
 
 from array import array
 from collections.abc import Iterator
+from typing import Final
 
 from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, RESERVED_MASK, STATE_MASK, ZERO, L2Table
@@ -12,14 +13,14 @@ from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_down
 
 # A range of clusters that differ in where they are, or one that would have to be looked up on disk.
-MIXED = -1
+MIXED: Final = -1
 
 # How many clusters are looked up before others get their turn.
-RUN_CLUSTER_COUNT_MAX = 512
+RUN_CLUSTER_COUNT_MAX: Final = 512
 
 
 # Looked at together: 64 TiB of nothing are 131,072 entries, and are walked over again and again.
-_NOTHING = array("Q", bytes(4096))
+_NOTHING: Final = array("Q", bytes(4096))
 
 
 class Lookup:

@@ -22,7 +22,7 @@ import asyncio
 import sys
 from array import array
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
@@ -30,18 +30,18 @@ from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import ZERO_VERSION, Header
 from blockd.units import MIB, SECTOR_SIZE
 
-ZERO = 1 << 0
-OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+ZERO: Final = 1 << 0
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 # Without a meaning where the cluster is not compressed; QEMU ignores them.
-RESERVED_MASK = 0x3F00_0000_0000_01FE
-COMPRESSED = 1 << 62
-COPIED = 1 << 63
+RESERVED_MASK: Final = 0x3F00_0000_0000_01FE
+COMPRESSED: Final = 1 << 62
+COPIED: Final = 1 << 63
 # What decides about a cluster's content: all but how many users it has.
-STATE_MASK = COPIED - 1
+STATE_MASK: Final = COPIED - 1
 
 # Tables of 64 KiB clusters map 512 MiB each: 128 GiB of disk stay in memory.
-L2_CACHE_SIZE_MAX = 16 * MIB
-L2_CACHE_COUNT_MIN = 8
+L2_CACHE_SIZE_MAX: Final = 16 * MIB
+L2_CACHE_COUNT_MIN: Final = 8
 
 
 def compressed_extent(entry: int, cluster_bits: int) -> tuple[int, int]:

@@ -15,6 +15,7 @@ Source: qcow2 specification, "Extended L2 Entries".
 """
 
 from collections.abc import Iterator
+from typing import Final
 
 from blockd.block.node import ProtocolNode
 from blockd.formats.qcow2.corruption import Corruption
@@ -24,7 +25,7 @@ from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, STATE_MASK, ZE
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_down
 
-ALL_SUBCLUSTERS = (1 << SUBCLUSTER_COUNT) - 1
+ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTER_COUNT) - 1
 
 
 class Subclusters:

@@ -19,7 +19,7 @@ import asyncio
 import sys
 from array import array
 from bisect import bisect_right, insort
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
@@ -27,12 +27,13 @@ from blockd.errors import ImageError
 from blockd.formats.qed.header import Header
 from blockd.units import KIB, MIB
 
-UNALLOCATED, ZERO = 0, 1
-ENTRY_SIZE = 8
+UNALLOCATED: Final = 0
+ZERO: Final = 1
+ENTRY_SIZE: Final = 8
 
-PAGE_LENGTH_MAX = 64 * KIB
+PAGE_LENGTH_MAX: Final = 64 * KIB
 # With clusters of 64 KiB a page maps 512 MiB: 128 GiB of disk stay in memory.
-CACHE_LENGTH_MAX = 16 * MIB
+CACHE_LENGTH_MAX: Final = 16 * MIB
 
 
 class Page:

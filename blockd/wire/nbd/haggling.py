@@ -9,30 +9,30 @@ All numbers are big-endian.
 """
 
 import struct
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.errors import PeerError
 from blockd.wire.nbd import constants as nbd
 
 Readable = bytes | bytearray | memoryview
 
-_GREETING = struct.Struct(">QQH")
-_CLIENT_FLAGS = struct.Struct(">I")
-_OPTION = struct.Struct(">QII")
-_OPTION_REPLY = struct.Struct(">QIII")
-_U16 = struct.Struct(">H")
-_U32 = struct.Struct(">I")
-_INFO_EXPORT = struct.Struct(">HQH")
-_INFO_BLOCK_SIZE = struct.Struct(">HIII")
-_EXPORT_NAME_REPLY = struct.Struct(">QH")
+_GREETING: Final = struct.Struct(">QQH")
+_CLIENT_FLAGS: Final = struct.Struct(">I")
+_OPTION: Final = struct.Struct(">QII")
+_OPTION_REPLY: Final = struct.Struct(">QIII")
+_U16: Final = struct.Struct(">H")
+_U32: Final = struct.Struct(">I")
+_INFO_EXPORT: Final = struct.Struct(">HQH")
+_INFO_BLOCK_SIZE: Final = struct.Struct(">HIII")
+_EXPORT_NAME_REPLY: Final = struct.Struct(">QH")
 
-GREETING_SIZE = _GREETING.size
-CLIENT_FLAGS_SIZE = _CLIENT_FLAGS.size
-OPTION_HEADER_SIZE = _OPTION.size
-OPTION_REPLY_HEADER_SIZE = _OPTION_REPLY.size
-EXPORT_NAME_PADDING = 124
+GREETING_SIZE: Final = _GREETING.size
+CLIENT_FLAGS_SIZE: Final = _CLIENT_FLAGS.size
+OPTION_HEADER_SIZE: Final = _OPTION.size
+OPTION_REPLY_HEADER_SIZE: Final = _OPTION_REPLY.size
+EXPORT_NAME_PADDING: Final = 124
 
-_KNOWN_FLAGS = nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES
+_KNOWN_FLAGS: Final = nbd.FLAG_FIXED_NEWSTYLE | nbd.FLAG_NO_ZEROES
 
 
 class GoOption(NamedTuple):

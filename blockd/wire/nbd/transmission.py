@@ -10,26 +10,26 @@ The server's loop unpacks and packs with the structs themselves (`REQUEST`, `SIM
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.errors import PeerError
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd.haggling import Readable
 
-REQUEST = struct.Struct(">IHHQQI")
-SIMPLE_REPLY = struct.Struct(">IIQ")
-CHUNK = struct.Struct(">IHHQI")
+REQUEST: Final = struct.Struct(">IHHQQI")
+SIMPLE_REPLY: Final = struct.Struct(">IIQ")
+CHUNK: Final = struct.Struct(">IHHQI")
 # A chunk of read data up to its payload: the offset is part of the chunk's length.
-DATA_CHUNK = struct.Struct(">IHHQIQ")
-_HOLE_CHUNK = struct.Struct(">IHHQIQI")
-_ERROR = struct.Struct(">IH")
-_U32 = struct.Struct(">I")
-_HOLE = struct.Struct(">QI")
-_OFFSET = struct.Struct(">Q")
+DATA_CHUNK: Final = struct.Struct(">IHHQIQ")
+_HOLE_CHUNK: Final = struct.Struct(">IHHQIQI")
+_ERROR: Final = struct.Struct(">IH")
+_U32: Final = struct.Struct(">I")
+_HOLE: Final = struct.Struct(">QI")
+_OFFSET: Final = struct.Struct(">Q")
 
-OFFSET_SIZE = _OFFSET.size
+OFFSET_SIZE: Final = _OFFSET.size
 # Texts in error chunks are for people; this is plenty for a sentence.
-ERROR_TEXT_MAX = 1024
+ERROR_TEXT_MAX: Final = 1024
 
 
 class Request(NamedTuple):
