@@ -8,15 +8,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 CODE := blockd tests bench examples
+DIST := dist
 
 # Two workers, which take work from each other: some tests wait for disks and peers.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-fast lint types sweep fuzz-images schemas bench clean
+.PHONY: help demo test test-fast lint types sweep fuzz-images schemas bench wheel-compiled clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.ready ## stream and copy an image live, under a guest that checks every byte
 	@$(BIN)/python examples/demo.py
@@ -46,9 +47,18 @@ schemas: $(VENV)/.ready ## write the JSON Schema of every command and event to s
 bench: $(VENV)/.ready-dev ## compare with qemu-storage-daemon, where it is installed
 	$(BIN)/python -m bench.run $(BENCH)
 
+# Built from an unpacked source distribution: extension modules that are left beside their sources are imported
+# instead of them.
+wheel-compiled: $(VENV)/.ready-dev ## write a wheel with compiled map lookups and NBD codec to dist/: needs a C compiler
+	@sources=$$(mktemp -d) && trap 'rm -rf "$$sources"' EXIT && \
+	  HATCH_QUIET=1 $(BIN)/python -m hatchling build --target sdist --directory "$$sources" && \
+	  HATCH_BUILD_HOOK_ENABLE_MYPYC=true $(PIP) wheel --no-deps --no-build-isolation --no-cache-dir \
+	    --wheel-dir $(DIST) "$$sources"/*.tar.gz
+	@ls $(DIST)/*.whl
+
 clean: ## remove the environment and everything that was made in here
-	rm -rf $(VENV) build dist demo-run *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
-	find $(CODE) -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf $(VENV) build dist demo-run *.egg-info *.so .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find $(CODE) \( -name __pycache__ -o -name '*.so' \) -prune -exec rm -rf {} +
 
 # What it takes to run blockd.
 $(VENV)/.ready: pyproject.toml
