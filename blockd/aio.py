@@ -43,15 +43,23 @@ async def in_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> 
               holds (range locks, pinned clusters, buffers) stays held while the call still runs.
     """
     loop = asyncio.get_running_loop()
-    future = loop.run_in_executor(None, lambda: call(*args, **kwargs))
     thread_calls.count += 1
+    try:
+        return await to_its_end(loop.run_in_executor(None, lambda: call(*args, **kwargs)))
+    finally:
+        thread_calls.count -= 1
+
+
+async def to_its_end(future: asyncio.Future[T]) -> T:
+    """Wait for what cannot be called back.
+
+    Cancel:   takes effect when the future is done.
+    """
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
         await _settled(future)
         raise
-    finally:
-        thread_calls.count -= 1
 
 
 async def _settled(future: asyncio.Future[T]) -> None:

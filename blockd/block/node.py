@@ -216,7 +216,7 @@ class ProtocolNode(BlockNode, BlockingSource):
         """
         return False
 
-    def copy_apart_blocking(
+    async def copy_apart(
         self, source: list[Segment], offset: int, length: int, cluster_size: int
     ) -> list[int] | None:
         """Copy in another process, which keeps guests waiting less than threads of this one do.
@@ -225,6 +225,8 @@ class ProtocolNode(BlockNode, BlockingSource):
         on, are told. Where the source ends before `length`, zeroes follow.
 
         None: it cannot be done, or is not worth while, and the range may hold anything.
+
+        Cancel:   takes effect when nothing is written any more.
         """
         return None
 

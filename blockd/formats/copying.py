@@ -108,10 +108,28 @@ class Target(NamedTuple):
 
         Cancel:   takes effect when the thread is done.
         """
-        if not parts:
-            return set()
-        read = await source_reader(offset, source)
-        return await in_thread(self._copy_parts_blocking, parts, offset, source, read)
+        zero_clusters: set[int] = set()
+        left: list[Part] = []
+        for part in parts:
+            found = await self._copy_apart(part, clipped(source, part.offset - offset, part.length))
+            if found is None:
+                left.append(part)
+            else:
+                zero_clusters.update(found)
+        if left:
+            read = await source_reader(offset, source)
+            zero_clusters |= await in_thread(self._copy_parts_blocking, left, offset, source, read)
+        return zero_clusters
+
+    async def _copy_apart(self, part: Part, source: list[Segment]) -> list[int] | None:
+        """Let the file copy a part apart from this process; None: it does not.
+
+        Tells the offsets of clusters that are all zeroes.
+        """
+        if part.host_offset is None or self.keep_cached:
+            return None
+        positions = await self.file.copy_apart(source, part.host_offset, part.length, self.cluster_size)
+        return None if positions is None else [part.offset + position for position in positions]
 
     def split(
         self, start: int, end: int, source_offset: int, source: list[Segment]
@@ -163,24 +181,9 @@ class Target(NamedTuple):
             for start, end, segment in self.split(part.offset, part.offset + part.length, offset, source):
                 if segment is not None:
                     self._clone_blocking(part, start, segment, read)
-                    continue
-                plan = clipped(source, start - offset, end - start)
-                found = self._copy_apart_blocking(part, start, end - start, plan)
-                zero_clusters.update(self._copy_blocking(part, start, end, read) if found is None else found)
+                else:
+                    zero_clusters.update(self._copy_blocking(part, start, end, read))
         return zero_clusters
-
-    def _copy_apart_blocking(
-        self, part: Part, offset: int, length: int, source: list[Segment]
-    ) -> list[int] | None:
-        """Let the file copy a range of clusters of a part apart from this process; None: it does not.
-
-        Tells the offsets of clusters that are all zeroes.
-        """
-        if part.host_offset is None or self.keep_cached:
-            return None
-        host_offset = part.host_offset + offset - part.offset
-        positions = self.file.copy_apart_blocking(source, host_offset, length, self.cluster_size)
-        return None if positions is None else [offset + position for position in positions]
 
     def _copy_blocking(self, part: Part, offset: int, end: int, read: Read) -> Iterator[int]:
         """Copy a range of clusters of a part; yields the offsets of those that are all zeroes."""

@@ -139,9 +139,29 @@ class FileEnd:
         try:
             yield
         finally:
-            with self._room_lock:
-                self._direct_count -= 1
-                self._room_lock.notify_all()
+            self.leave_room()
+
+    def enter_room_nowait(self, end: int) -> bool:
+        """Like `room`, until `leave_room`, when there is some for a write up to `end`; False: not at once.
+
+        Needs:    between `begin` and `finish`.
+        """
+        if not self._room_lock.acquire(blocking=False):
+            return False
+        try:
+            if self._clone_count or self._lacks_room(end):
+                return False
+            self._is_used = True
+            self._direct_count += 1
+            return True
+        finally:
+            self._room_lock.release()
+
+    def leave_room(self) -> None:
+        """The direct write is over. Nobody has the lock for long meanwhile: who needs to waits for this."""
+        with self._room_lock:
+            self._direct_count -= 1
+            self._room_lock.notify_all()
 
     @contextlib.contextmanager
     def without_direct_writes(self) -> Iterator[None]:
@@ -212,7 +232,12 @@ class ColdWriter:
             with self._lock:
                 if self._direct_fd == _NOT_OPENED:
                     self._direct_fd = _open_direct(fd)
-        return None if self._direct_fd == _NO_DIRECT else self._direct_fd
+        return self.direct_fd_nowait(*bounds)
+
+    def direct_fd_nowait(self, *bounds: int) -> int | None:
+        """The same if it is open already."""
+        is_right = self._direct_fd >= 0 and not any(bound % DIRECT_ALIGNMENT for bound in bounds)
+        return self._direct_fd if is_right else None
 
     def write(self, offset: int, data: bytes | bytearray | memoryview) -> int:
         """Write `data`; tells how much of it, from its start, was written.

@@ -10,6 +10,7 @@ it does not, for whatever reason, the caller copies: nothing was in use where it
 """
 
 import array
+import asyncio
 import logging
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from blockd.aio import to_its_end
 from blockd.block.accounting import all_guests
 from blockd.errors import printable
 from blockd.protocols import copier_process as process
@@ -58,11 +60,16 @@ class TargetFile(NamedTuple):
 
 
 class Copier:
-    """The process while there is one, and the lanes to it; any thread."""
+    """The process while there is one, and the lanes to it.
+
+    Locks:    `_lock` while the process is started, and by who attends to it: never by the event loop.
+    """
 
     def __init__(self) -> None:
-        # Those that nobody uses; None: there is no process.
-        self._lanes: list[socket.socket] | None = None
+        # Those that nobody uses.
+        self._lanes: list[socket.socket] = []
+        # There as long as the process is.
+        self._attendant: threading.Thread | None = None
         self._failure_count = 0
         self._lock = threading.Lock()
 
@@ -72,7 +79,12 @@ class Copier:
         is_quiet = time.monotonic_ns() - all_guests.last_ns > GUEST_TIME_S * 1e9
         return not is_quiet and self._failure_count < FAILURE_COUNT_MAX
 
-    def copy(
+    @property
+    def is_there(self) -> bool:
+        """Whether there is a process to ask."""
+        return self._attendant is not None and self._attendant.is_alive()
+
+    async def copy(
         self, target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int
     ) -> list[int] | None:
         """Copy to `host_offset`, but for clusters that are all zeroes; tells at which positions those are.
@@ -80,29 +92,48 @@ class Copier:
         None: it was not done here, or not all of it.
 
         Needs:    memory of any address can be written directly to all these offsets and lengths.
+        Cancel:   takes effect when nothing is written any more.
         """
         request = _request(target, host_offset, source, cluster_size)
-        lanes = self._lanes_to_use() if request is not None else None
-        with self._lock:
-            lane = lanes.pop() if lanes else None
-        if request is None or lanes is None or lane is None:
+        if request is None or not self.is_there or not self._lanes:
             return None
-        answer = _asked(lane, *request)
-        with self._lock:
+        answer = await to_its_end(self._asked(*request))
+        return answer[1:].tolist() if answer and answer[0] == process.DONE else None
+
+    def _asked(self, request: "array.array[int]", files: list[int]) -> "asyncio.Future[array.array[int]]":
+        """What the process will answer; nothing: it is gone, or has never got the request.
+
+        Needs:    a lane.
+        """
+        loop, lanes = asyncio.get_running_loop(), self._lanes
+        answered: asyncio.Future[array.array[int]] = loop.create_future()
+        lane = lanes.pop()
+
+        def take_answer() -> None:
+            loop.remove_reader(lane.fileno())
+            answer = _received(lane)
             if answer and lanes is self._lanes:
                 lanes.append(lane)
             else:
                 lane.close()
-        return answer[1:].tolist() if answer and answer[0] == process.DONE else None
+            answered.set_result(answer)
 
-    def _lanes_to_use(self) -> list[socket.socket] | None:
+        try:
+            socket.send_fds(lane, [request], files)  # there is room for it in a lane that nobody uses
+            loop.add_reader(lane.fileno(), take_answer)
+        except OSError:
+            lanes.append(lane)
+            answered.set_result(array.array("q"))
+        return answered
+
+    def start_blocking(self) -> bool:
+        """Have a process, and wait until it is there; False: there is none."""
         with self._lock:
-            if self._lanes is None and self._failure_count < FAILURE_COUNT_MAX:
-                self._lanes = self._started()
-            return self._lanes
+            if not self.is_there and self._failure_count < FAILURE_COUNT_MAX:
+                self._start()
+            return self.is_there
 
-    def _started(self) -> list[socket.socket] | None:
-        """Start the process, and wait until it is there; so do other copies, as guests are at work."""
+    def _start(self) -> None:
         lanes: list[socket.socket] = []
         theirs: list[socket.socket] = []
         try:
@@ -116,17 +147,18 @@ class Copier:
             attendant.start()
         except (OSError, RuntimeError) as error:
             self._give_up(lanes + theirs, str(error))
-            return None
+            return
         try:
             lanes[0].settimeout(START_TIMEOUT_S)
             if lanes[0].recv(_NUMBER_SIZE):
                 lanes[0].settimeout(None)
-                return lanes
+                _close(self._lanes)  # of one that has ended
+                self._lanes, self._attendant = lanes, attendant
+                return
             reason = "it ended at once"
         except OSError as error:
             reason = str(error)
         self._give_up(lanes, reason)
-        return None
 
     def _give_up(self, lanes: list[socket.socket], reason: str) -> None:
         _close(lanes)
@@ -155,13 +187,9 @@ class Copier:
         else:
             if not child.returncode:
                 reason = ""
-        with self._lock:
-            if self._lanes is lanes:
-                self._lanes = None
-                _close(lanes)
-            if reason:
-                self._failure_count += 1
         if reason:
+            with self._lock:
+                self._failure_count += 1
             log.warning("the process that copies beside guests ended, threads copy: %s", printable(reason))
 
 
@@ -193,10 +221,8 @@ def _request(
     return request, files
 
 
-def _asked(lane: socket.socket, request: "array.array[int]", files: list[int]) -> "array.array[int]":
-    """What the process answers; nothing: it is gone, or has never got the request."""
+def _received(lane: socket.socket) -> "array.array[int]":
     try:
-        socket.send_fds(lane, [request], files)
         return array.array("q", lane.recv(process.MESSAGE_LENGTH_MAX))
     except OSError:
         return array.array("q")

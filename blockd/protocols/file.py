@@ -13,7 +13,6 @@ import errno
 import logging
 import os
 import stat
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -24,10 +23,11 @@ from blockd.aio import in_thread
 from blockd.block.node import Buffer, ProtocolNode, Segment, Source
 from blockd.block.segments import zeroes
 from blockd.errors import RequestError, StorageError, printable
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent
 from blockd.protocols import copier, writeback
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.copier_process import ZEROES
+from blockd.protocols.holes import data_and_holes
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, patiently
 from blockd.protocols.opening import identity_of, open_blocking
 from blockd.protocols.read_buffers import ReadBuffers
@@ -49,8 +49,6 @@ _NOT_FOR_THIS_FILE = (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV
 
 # More than this at once would itself hold up the loop.
 NOWAIT_LENGTH_MAX = 1 * MIB
-# Extents told at once.
-MAP_COUNT_MAX = 64
 # Zeroes written at a time where the filesystem cannot punch holes.
 _ZERO_CHUNK = 1 * MIB
 
@@ -189,30 +187,7 @@ class FileNode(ProtocolNode):
             self._require_length()
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        return await in_thread(self._map_blocking, offset, length)
-
-    def _map_blocking(self, offset: int, length: int) -> list[Extent]:
-        """Data and holes by turns, up to `MAP_COUNT_MAX` of them."""
-        end = offset + length
-        extents: list[Extent] = []
-        kind = Kind.DATA
-        while offset < end and len(extents) < MAP_COUNT_MAX:
-            limit = min(self._seek(offset, os.SEEK_HOLE if kind is Kind.DATA else os.SEEK_DATA), end)
-            if limit > offset:
-                extents.append(Extent(offset, limit - offset, kind))
-            offset = limit
-            kind = Kind.ZERO if kind is Kind.DATA else Kind.DATA
-        return extents
-
-    def _seek(self, offset: int, whence: int) -> int:
-        """Where data, or a hole, begins at or after `offset`; far away if there is none."""
-        try:
-            return os.lseek(self._fd, offset, whence)
-        except OSError as error:
-            if error.errno == errno.ENXIO and whence == os.SEEK_HOLE:
-                return offset  # at or past the end of the file: a hole
-            # No data follows; or the filesystem cannot tell, then all of it counts as data.
-            return sys.maxsize
+        return await in_thread(data_and_holes, self._fd, offset, length)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -305,28 +280,66 @@ class FileNode(ProtocolNode):
     def copies_apart(self) -> bool:
         return copier.copier.is_wanted
 
-    def copy_apart_blocking(
+    async def copy_apart(
         self, source: list[Segment], offset: int, length: int, cluster_size: int
     ) -> list[int] | None:
-        if length < copier.LENGTH_MIN or not self.copies_apart:
+        wanted = length >= copier.LENGTH_MIN and self.copies_apart
+        segments = _file_segments(source, length) if wanted else None
+        if segments is None:
             return None
+        place = offset, length, cluster_size
+        target = self._begin_apart_nowait(segments, *place)
+        if target is None and await in_thread(self._prepare_apart_blocking, segments, *place):
+            target = self._begin_apart_nowait(segments, *place)
+        if target is None:
+            return None
+        written, zeroes = 0, None
+        try:
+            zeroes = await copier.copier.copy(target, offset, segments, cluster_size)
+            if zeroes is not None:
+                written = copier.written_end(length, zeroes, cluster_size)
+        finally:
+            if self.is_longer_allowed:
+                self._end.leave_room()
+            self._end.finish(offset, written)
+        return zeroes
+
+    def _begin_apart_nowait(
+        self, segments: list[copier.FileSegment], offset: int, length: int, cluster_size: int
+    ) -> copier.TargetFile | None:
+        """Begin a direct write; None: something is missing for which a thread would have to wait."""
+        direct_fd = self._cold.direct_fd_nowait(offset, length, cluster_size)
+        if direct_fd is None or self.read_only or self.failed or not copier.copier.is_there:
+            return None
+        if self.may_clone and not all(map(self._cloner.is_known_impossible, _sources(segments))):
+            return None
+        try:
+            self._require_length_before(offset + length)
+        except StorageError:
+            return None  # `_prepare_apart_blocking` meets the same error
+        if not self._end.begin_nowait():
+            return None
+        if self.is_longer_allowed and not self._end.enter_room_nowait(offset + length):
+            self._end.finish(offset, 0)
+            return None
+        return copier.TargetFile(direct_fd, self._fd)
+
+    def _prepare_apart_blocking(
+        self, segments: list[copier.FileSegment], offset: int, length: int, cluster_size: int
+    ) -> bool:
+        """Provide what many copies need; False: they are not to be made apart."""
         self._require_writable()
         self._require_length_before(offset + length)
-        segments = _file_segments(source, length)
-        direct_fd = self._cold.direct_fd(self._fd, offset, length, cluster_size)
-        if segments is None or direct_fd is None:
-            return None
-        zeroes: list[int] | None = None
+        if self._cold.direct_fd(self._fd, offset, length, cluster_size) is None:
+            return False
+        if self.may_clone and any(self._cloner.can_clone(self._fd, fd) for fd in _sources(segments)):
+            return False  # which is better still
         self._end.begin()
         try:
             with self._room(offset, length):
-                target = copier.TargetFile(direct_fd, self._fd)
-                zeroes = copier.copier.copy(target, offset, segments, cluster_size)
+                return copier.copier.start_blocking()
         finally:
-            self._end.finish(
-                offset, 0 if zeroes is None else copier.written_end(length, zeroes, cluster_size)
-            )
-        return zeroes
+            self._end.finish(offset, 0)
 
     def _wants_room_nowait(self, end: int) -> bool:
         return self.is_longer_allowed and self._end.wants_room_nowait(end)
@@ -473,3 +486,7 @@ def _file_segments(source: list[Segment], length: int) -> list[copier.FileSegmen
             return None
     missing = length - sum(segment.length for segment in segments)
     return [*segments, copier.FileSegment(ZEROES, 0, missing)] if missing else segments
+
+
+def _sources(segments: list[copier.FileSegment]) -> set[int]:
+    return {segment.fd for segment in segments} - {ZEROES}

@@ -40,6 +40,11 @@ class Cloner:
             self._answers[source] = stat.S_ISREG(status.st_mode) and answer == errno.EINVAL
         return self._answers[source]
 
+    def is_known_impossible(self, source_fd: int) -> bool:
+        """Whether it was found out before that it cannot be done with this source."""
+        status = os.fstat(source_fd)
+        return self._answers.get((status.st_dev, status.st_ino)) is False
+
     def clone(self, fd: int, offset: int, source_fd: int, source_offset: int, length: int) -> bool:
         """Clone a range; False: it may hold anything.
 

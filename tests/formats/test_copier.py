@@ -1,5 +1,6 @@
 """The process that copies beside guests: the same bytes, and whatever becomes of it, nothing is lost."""
 
+import asyncio
 import errno
 import logging
 import os
@@ -11,14 +12,14 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from blockd.aio import thread_calls
 from blockd.block.accounting import all_guests
-from blockd.block.node import Segment
+from blockd.block.node import Segment, Source
 from blockd.errors import RequestError, StorageError
 from blockd.filters.fault_rules import FaultRules
 from blockd.filters.faults import FaultsNode
@@ -29,6 +30,7 @@ from blockd.units import KIB, MIB
 from tests import chains, qemu_img
 from tests.chains import read_all
 from tests.daemon_process import children_of, is_alive, wait_until_gone
+from tests.inline_threads import steps
 
 CLUSTER = 64 * KIB
 LENGTH = 9 * MIB + CLUSTER  # pieces of 4 MiB, and a rest
@@ -106,7 +108,7 @@ async def test_what_is_not_zero_is_written_and_what_is_zero_is_told(
     content, zeroes = with_zeroes(cluster_size, seed=cluster_size)
     async with files(tmp_path, content) as (source, target):
         plan = [Segment(LENGTH, source, 0)]
-        assert target.copy_apart_blocking(plan, MIB, LENGTH, cluster_size) == zeroes
+        assert await target.copy_apart(plan, MIB, LENGTH, cluster_size) == zeroes
         assert len(processes()) == 1
         assert bytes(await target.read(0, MIB + LENGTH)) == bytes(MIB) + content
     end = next(end for end in range(LENGTH, 0, -cluster_size) if end - cluster_size not in zeroes)
@@ -128,7 +130,7 @@ async def test_a_copy_is_put_together_from_files_and_zeroes(tmp_path: Path) -> N
             content = bytes(length) if node is None else CONTENT if node is source else CONTENT[::-1]
             expected += content[:length] if node is None else content[offset : offset + length]
         expected = expected.ljust(LENGTH, b"\0")
-        zeroes = target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER)
+        zeroes = await target.copy_apart(plan, 0, LENGTH, CLUSTER)
         assert zeroes == [o for o in range(0, LENGTH, CLUSTER) if not any(expected[o : o + CLUSTER])]
         assert bytes(await target.read(0, LENGTH)) == expected
         await other.close()
@@ -138,15 +140,12 @@ async def test_many_copies_at_once(tmp_path: Path) -> None:
     """More than there are lanes: whoever finds none copies itself."""
     count = copier.LANE_COUNT + 2
     async with files(tmp_path, CONTENT) as (source, target):
-        target.copy_apart_blocking([Segment(MIB, source, 0)], count * MIB, MIB, CLUSTER)  # it has started
-        with ThreadPoolExecutor(count) as threads:
-            copies = [
-                threads.submit(
-                    target.copy_apart_blocking, [Segment(MIB, source, k * MIB)], k * MIB, MIB, CLUSTER
-                )
-                for k in range(8)
-            ]
-        assert [copy.result() for copy in copies] == [[]] * 8
+        await target.copy_apart([Segment(MIB, source, 0)], count * MIB, MIB, CLUSTER)  # it has started
+        copies = (
+            target.copy_apart([Segment(MIB, source, k % 8 * MIB)], k * MIB, MIB, CLUSTER)
+            for k in range(count)
+        )
+        assert await asyncio.gather(*copies) == [[]] * copier.LANE_COUNT + [None] * 2
         assert len(processes()) == 1
         assert bytes(await target.read(0, 8 * MIB)) == CONTENT[: 8 * MIB]
 
@@ -173,7 +172,7 @@ async def test_no_process_while_guests_do_nothing(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(all_guests, "last_ns", time.monotonic_ns() - int(1e9 * copier.GUEST_TIME_S) - 1)
     async with files(tmp_path, CONTENT) as (source, target):
         assert not target.copies_apart
-        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+        assert await target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
     assert processes() == []
 
 
@@ -181,24 +180,24 @@ async def test_what_it_cannot_do_is_left_to_others(tmp_path: Path) -> None:
     async with files(tmp_path, CONTENT) as (source, target):
         faults = FaultsNode(source, FaultRules([]), node_name="faults")
 
-        def is_refused(node: FileNode | FaultsNode, offset: int, length: int, cluster_size: int) -> bool:
-            return (
-                target.copy_apart_blocking([Segment(length, node, 0)], offset, length, cluster_size) is None
-            )
+        async def is_refused(node: Source, offset: int, length: int, cluster_size: int) -> bool:
+            plan = [Segment(length, node, 0)]
+            return await target.copy_apart(plan, offset, length, cluster_size) is None
 
-        assert is_refused(faults, 0, LENGTH, CLUSTER)  # it is to see everything
-        assert is_refused(source, 0, MIB // 2, CLUSTER)  # not worth while
-        assert is_refused(source, 512, LENGTH, CLUSTER)
-        assert is_refused(source, 0, MIB, 512)  # runs of clusters could be anywhere
-        many = [Segment(KIB, source, 0)] * (LENGTH // KIB)
-        assert target.copy_apart_blocking(many, 0, LENGTH, CLUSTER) is None
-        assert processes() == []
+        for _ in range(2):
+            assert await is_refused(faults, 0, LENGTH, CLUSTER)  # it is to see everything
+            assert await is_refused(source, 0, MIB // 2, CLUSTER)  # not worth while
+            assert await is_refused(source, 512, LENGTH, CLUSTER)
+            assert await is_refused(source, 0, MIB, 512)  # runs of clusters could be anywhere
+            many = [Segment(KIB, source, 0)] * (LENGTH // KIB)
+            assert await target.copy_apart(many, 0, LENGTH, CLUSTER) is None
+            assert not await is_refused(source, 0, LENGTH, CLUSTER)  # then the same with all that it takes
 
 
 async def test_without_direct_writes_threads_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cold, "_open_direct", lambda fd: cold._NO_DIRECT)
     async with files(tmp_path, CONTENT) as (source, target):
-        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+        assert await target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
 
 
 # -- when something is wrong ------------------------------------------------------------------
@@ -224,11 +223,28 @@ async def test_a_write_that_fails_is_told(tmp_path: Path, own: Copier) -> None:
             segments = [copier.FileSegment(source.fileno(), 0, LENGTH)]
             right = copier.TargetFile(os.open(tmp_path / "target", os.O_RDWR | os.O_DIRECT), target.fileno())
             wrong = copier.TargetFile(source.fileno(), target.fileno())
-            answers = [own.copy(file, 0, segments, CLUSTER) for file in (wrong, right, wrong, right)]
+            assert own.start_blocking()
+            answers = [await own.copy(file, 0, segments, CLUSTER) for file in (wrong, right, wrong, right)]
             os.close(right.direct_fd)
         assert answers == [None, [], None, []]
         assert (tmp_path / "target").read_bytes() == CONTENT
     assert len(processes()) == 1
+
+
+async def test_a_request_that_cannot_be_sent(
+    tmp_path: Path, own: Copier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with files(tmp_path, CONTENT) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
+
+        def send_fds(*_: object) -> int:
+            raise OSError(errno.ETOOMANYREFS, os.strerror(errno.ETOOMANYREFS))
+
+        with monkeypatch.context() as patched:
+            patched.setattr(socket, "send_fds", send_fds)
+            assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) is None
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
 
 
 async def test_it_is_started_again_when_killed_but_not_for_ever(
@@ -237,10 +253,10 @@ async def test_it_is_started_again_when_killed_but_not_for_ever(
     async with files(tmp_path, CONTENT) as (source, target):
         plan = [Segment(LENGTH, source, 0)]
         for _ in range(copier.FAILURE_COUNT_MAX):
-            assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+            assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
             kill(*processes())
         assert not target.copies_apart
-        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) is None
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) is None
         assert processes() == []
     assert caplog.text.count("status -9") == copier.FAILURE_COUNT_MAX
 
@@ -249,53 +265,87 @@ async def test_what_ends_the_daemon_in_an_orderly_way_leaves_it_its_copies(tmp_p
     """A terminal, or who supervises services, signals all processes at once."""
     async with files(tmp_path, CONTENT) as (source, target):
         plan = [Segment(LENGTH, source, 0)]
-        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
         [pid] = processes()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
-        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
         assert processes() == [pid]
 
 
-async def test_killed_in_the_midst_of_a_copy(tmp_path: Path) -> None:
+async def test_killed_in_the_midst_of_a_copy(tmp_path: Path, own: Copier) -> None:
     """It has the request and does nothing about it."""
     async with files(tmp_path, CONTENT) as (source, target):
-        target.copy_apart_blocking([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
         [pid] = processes()
         os.kill(pid, signal.SIGSTOP)
         plan = [Segment(LENGTH, source, 0)]
-        with ThreadPoolExecutor(1) as threads:
-            copy = threads.submit(target.copy_apart_blocking, plan, 0, LENGTH, CLUSTER)
-            wait_until_asked()
-            kill(pid)
-            assert copy.result() is None
-        assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+        copy = asyncio.create_task(target.copy_apart(plan, 0, LENGTH, CLUSTER))
+        await until_asked(own)
+        kill(pid)
+        assert await copy is None
+        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
         assert processes() != [pid]
 
 
-def wait_until_asked() -> None:
-    """Wait until a thread waits for an answer."""
-    while all(frame.f_code is not copier._asked.__code__ for frame in sys._current_frames().values()):
-        time.sleep(0.001)
+async def until_asked(one: Copier) -> None:
+    """Return when it has been asked for a copy."""
+    while len(one._lanes) == copier.LANE_COUNT:
+        await steps(1)
 
 
-async def test_the_file_is_locked_as_long_as_anything_may_be_written(tmp_path: Path) -> None:
-    """Also when the daemon has gone: here it lets go of everything."""
+async def test_a_cancelled_copy_is_waited_for(tmp_path: Path, own: Copier) -> None:
+    """Until then it may write: who cancelled it must not give its place to anything else."""
     async with files(tmp_path, CONTENT) as (source, target):
-        target.copy_apart_blocking([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
         [pid] = processes()
         os.kill(pid, signal.SIGSTOP)
-        with ThreadPoolExecutor(1) as threads:
-            copy = threads.submit(
-                target.copy_apart_blocking, [Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER
-            )
-            wait_until_asked()
-            os.close(target._fd)
-            target._fd = os.open(os.devnull, os.O_RDWR)
-            with pytest.raises(RequestError, match="lock"):
-                await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
-            os.kill(pid, signal.SIGCONT)
-            assert copy.result() == []
+        copy = asyncio.create_task(target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER))
+        await until_asked(own)
+        for _ in range(3):
+            copy.cancel()
+            await steps(5)
+        assert not copy.done()
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(asyncio.CancelledError):
+            await copy
+        assert len(own._lanes) == copier.LANE_COUNT
+        assert (tmp_path / "target").read_bytes()[:LENGTH] == CONTENT
+        assert await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER) == []
+        assert processes() == [pid]
+
+
+async def test_copies_take_no_thread_when_all_is_prepared(tmp_path: Path, own: Copier) -> None:
+    async with files(tmp_path, CONTENT) as (source, target):
+        target.is_longer_allowed = True
+        plan = [Segment(LENGTH, source, 0)]
+        await target.copy_apart(plan, 0, LENGTH, CLUSTER)
+        copy = asyncio.create_task(target.copy_apart(plan, 0, LENGTH, CLUSTER))
+        await until_asked(own)
+        assert thread_calls.count == 0
+        assert await copy == []
+        end = target._end
+        with end._room_lock:  # a thread is at work on the file's end
+            copy = asyncio.create_task(target.copy_apart(plan, 0, LENGTH, CLUSTER))
+            await steps(5)
+            assert thread_calls.count == 1
+        assert await copy == []
+
+
+async def test_the_file_is_locked_as_long_as_anything_may_be_written(tmp_path: Path, own: Copier) -> None:
+    """Also when the daemon has gone: here it lets go of everything."""
+    async with files(tmp_path, CONTENT) as (source, target):
+        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+        [pid] = processes()
+        os.kill(pid, signal.SIGSTOP)
+        copy = asyncio.create_task(target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER))
+        await until_asked(own)
+        os.close(target._fd)
+        target._fd = os.open(os.devnull, os.O_RDWR)
+        with pytest.raises(RequestError, match="lock"):
+            await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
+        os.kill(pid, signal.SIGCONT)
+        assert await copy == []
         again = await FileNode.open(str(tmp_path / "target"), node_name="again", read_only=False)
         await again.close()
 
@@ -314,7 +364,7 @@ async def test_without_more_descriptors_threads_copy(
 
     monkeypatch.setattr(socket, "socketpair", socketpair)
     async with files(tmp_path, CONTENT) as (source, target):
-        assert target.copy_apart_blocking([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
+        assert await target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
         assert not target.copies_apart
     assert all(end.fileno() == -1 for pair in pairs for end in pair)
     assert "Too many open files" in caplog.text
@@ -344,7 +394,7 @@ async def test_it_ends_by_itself_and_is_started_again(tmp_path: Path, own: Copie
     async with files(tmp_path, CONTENT) as (source, target):
         plan = [Segment(LENGTH, source, 0)]
         for _ in range(2):
-            assert target.copy_apart_blocking(plan, 0, LENGTH, CLUSTER) == []
+            assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
             wait_until_noticed(*processes())
         assert target.copies_apart
 
