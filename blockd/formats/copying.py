@@ -7,6 +7,7 @@ Where files can share blocks (reflink), clusters that lie whole in one segment o
 are not looked at for zeroes: that would mean to read them, and zeroes that are shared take no space.
 """
 
+import asyncio
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -128,6 +129,7 @@ class Target(NamedTuple):
         """
         if part.host_offset is None or self.keep_cached:
             return None
+        await asyncio.sleep(0)  # guests have their turn: getting here took as long as one of their requests
         positions = await self.file.copy_apart(source, part.host_offset, part.length, self.cluster_size)
         return None if positions is None else [part.offset + position for position in positions]
 

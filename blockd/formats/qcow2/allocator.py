@@ -108,6 +108,8 @@ class Allocator:
         first = block_index * self.block_span
         end = found + 1
         limit = min(found + cluster_count, self.block_span)
+        if not self._withheld and not any(entries[end:limit]):
+            end = limit  # nearly always
         while end < limit and not entries[end] and first + end not in self._withheld:
             end += 1
         run = Run((first + found) << self.cluster_bits, end - found)
