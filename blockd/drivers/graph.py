@@ -10,7 +10,6 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from itertools import count
-from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
 
@@ -24,8 +23,8 @@ from blockd.drivers.sharing import check_chain, check_single_writer, check_unsha
 from blockd.drivers.table import DRIVERS, FORMATS, copy_on_read
 from blockd.errors import BlockdError, ErrorKind, RequestError
 from blockd.filters.throttle_group import ThrottleGroup
+from blockd.protocols.file_status import status_of_name
 from blockd.protocols.image_lock import LockMode
-from blockd.protocols.opening import identity_of
 
 log = logging.getLogger(__name__)
 
@@ -408,9 +407,8 @@ def _no_throttle_group(name: str) -> ThrottleGroup:
 def _identity(path: str, image: str) -> tuple[int, int]:
     """Device and inode of the backing file of `image`, which need not be one that may be opened."""
     try:
-        status = Path(path).stat()
+        return status_of_name(path).identity
     except OSError as error:
         raise RequestError(
             f"Could not open backing file of '{image}': Could not open '{path}': {error.strerror}"
         ) from error
-    return identity_of(status)

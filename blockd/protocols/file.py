@@ -16,7 +16,6 @@ import stat
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Self
 
 from blockd.aio import in_thread
@@ -27,9 +26,10 @@ from blockd.extents import Extent
 from blockd.protocols import copier, writeback
 from blockd.protocols.cold import ColdWriter, FileEnd
 from blockd.protocols.copier_process import ZEROES
+from blockd.protocols.file_status import FileStatus, status_of_name, status_of_open
 from blockd.protocols.holes import data_and_holes
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for, hold, patiently
-from blockd.protocols.opening import identity_of, open_blocking
+from blockd.protocols.opening import open_blocking
 from blockd.protocols.read_buffers import ReadBuffers
 from blockd.protocols.reflink import Cloner
 from blockd.protocols.stalls import SLOW_WRITE_S, Stalls
@@ -114,7 +114,7 @@ class FileNode(ProtocolNode):
 
     def identity(self) -> tuple[int, int]:
         """Equal exactly for the same file or device."""
-        return identity_of(os.fstat(self._fd))
+        return status_of_open(self._fd).identity
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -159,27 +159,29 @@ class FileNode(ProtocolNode):
         )
 
     def require_unchanged_blocking(self) -> None:
-        status = self._require_length()
-        if not status.st_nlink:
+        size = self.size  # of before: another thread may make the file longer at any moment
+        status = status_of_open(self._fd)
+        if status.is_regular and status.size < size:
+            raise self._cut_short("write", status.size)
+        if not status.link_count:
             raise StorageError(f"Could not write '{self.filename}': it was removed or replaced while in use")
         if not self._is_moved and not self._has_its_name(status):
             self._is_moved = True
             log.warning("'%s' is not where it was opened any more; it stays in use", printable(self.filename))
 
-    def _has_its_name(self, status: os.stat_result) -> bool:
+    def _has_its_name(self, status: FileStatus) -> bool:
         try:
-            return identity_of(Path(self.filename).stat()) == identity_of(status)
+            return status_of_name(self.filename).identity == status.identity
         except (FileNotFoundError, NotADirectoryError):
             return False
         except OSError:
             return True  # its folder cannot be looked at, for whatever reason
 
-    def _require_length(self) -> os.stat_result:
-        size = self.size  # of before: another thread may make the file longer at any moment
-        status = os.fstat(self._fd)
+    def _require_length(self) -> None:
+        size = self.size
+        status = os.fstat(self._fd)  # guests wait for this: three times as fast as `status_of_open`
         if stat.S_ISREG(status.st_mode) and status.st_size < size:
             raise self._cut_short("write", status.st_size)
-        return status
 
     def _require_length_before(self, end: int) -> None:
         """Writing past the end would fill up what was cut off, and nobody would notice any more."""

@@ -1,4 +1,4 @@
-"""Opening files and block devices, and telling whether two of them are the same."""
+"""Opening files and block devices."""
 
 import contextlib
 import errno
@@ -9,13 +9,6 @@ import stat
 from blockd.errors import RequestError
 
 _BLKGETSIZE64 = 0x80081272
-
-
-def identity_of(status: os.stat_result) -> tuple[int, int]:
-    """What is equal exactly for the same file or device, by whichever name it was found."""
-    if stat.S_ISBLK(status.st_mode):
-        return -1, status.st_rdev
-    return status.st_dev, status.st_ino
 
 
 def open_blocking(path: str, read_only: bool, name: str) -> tuple[int, int]:

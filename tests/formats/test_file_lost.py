@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -12,6 +13,7 @@ from blockd.block.node import BlockNode
 from blockd.drivers import NodeGraph
 from blockd.errors import StorageError
 from blockd.protocols import cold
+from blockd.protocols import file as file_module
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
 from tests import qemu_img
@@ -78,13 +80,13 @@ async def test_growing_does_not_cover_up_that_the_file_was_cut(path: Path) -> No
     await graph.close()
 
 
-@pytest.mark.parametrize("call", ["fstat", "preadv"])
+@pytest.mark.parametrize(("module", "call"), [(file_module, "status_of_open"), (os, "fstat"), (os, "preadv")])
 async def test_file_that_another_thread_makes_longer_was_not_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str
 ) -> None:
     (tmp_path / "file").touch()
     file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
-    looked = getattr(os, call)
+    looked = getattr(module, call)
 
     def overtaken(*args: object) -> object:
         seen = looked(*args)
@@ -92,9 +94,11 @@ async def test_file_that_another_thread_makes_longer_was_not_cut(
         file.write_blocking(0, b"x" * MIB)
         return seen
 
-    monkeypatch.setattr(os, call, overtaken)
-    if call == "fstat":
+    monkeypatch.setattr(module, call, overtaken)
+    if call == "status_of_open":
         await file.flush()
+    elif call == "fstat":
+        await file.write(MIB - 512, b"x" * 512)
     else:
         assert bytes(await file.read(0, 512)) == bytes(512)
     assert file.size == MIB
