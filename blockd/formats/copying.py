@@ -107,7 +107,7 @@ class Target(NamedTuple):
         Clusters that are all zeroes are not written, unless they are cloned; returns their guest offsets.
         What the source lacks at the end of the last cluster is zeroes.
 
-        Cancel:   takes effect when the thread is done.
+        Cancel:   takes effect when nothing is written any more.
         """
         zero_clusters: set[int] = set()
         left: list[Part] = []
@@ -127,7 +127,7 @@ class Target(NamedTuple):
 
         Tells the offsets of clusters that are all zeroes.
         """
-        if part.host_offset is None or self.keep_cached:
+        if part.host_offset is None or self.keep_cached or not self.file.copies_apart:
             return None
         await asyncio.sleep(0)  # guests have their turn: getting here took as long as one of their requests
         positions = await self.file.copy_apart(source, part.host_offset, part.length, self.cluster_size)

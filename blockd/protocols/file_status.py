@@ -12,7 +12,8 @@ import stat
 import struct
 from typing import NamedTuple
 
-_libc = ctypes.CDLL(None, use_errno=True)
+# None: the C library has no such call.
+_call = getattr(ctypes.CDLL(None, use_errno=True), "statx", None)
 
 _AT_FDCWD = -100
 _AT_EMPTY_PATH = 0x1000
@@ -62,8 +63,10 @@ def _from_stat(status: os.stat_result) -> FileStatus:
 
 def _statx(fd: int, path: bytes, flags: int) -> FileStatus | None:
     """None: there is no such call."""
+    if _call is None:
+        return None
     buffer = ctypes.create_string_buffer(_STATX_SIZE)
-    if _libc.statx(fd, path, flags, _WANTED, buffer):
+    if _call(fd, path, flags, _WANTED, buffer):
         code = ctypes.get_errno()
         if code in _NO_SUCH_CALL:
             return None

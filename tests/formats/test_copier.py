@@ -273,19 +273,16 @@ async def test_what_ends_the_daemon_in_an_orderly_way_leaves_it_its_copies(tmp_p
         assert processes() == [pid]
 
 
-async def test_killed_in_the_midst_of_a_copy(tmp_path: Path, own: Copier) -> None:
-    """It has the request and does nothing about it."""
-    async with files(tmp_path, CONTENT) as (source, target):
-        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
-        [pid] = processes()
-        os.kill(pid, signal.SIGSTOP)
-        plan = [Segment(LENGTH, source, 0)]
-        copy = asyncio.create_task(target.copy_apart(plan, 0, LENGTH, CLUSTER))
-        await until_asked(own)
-        kill(pid)
-        assert await copy is None
-        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
-        assert processes() != [pid]
+async def asked_in_vain(
+    source: FileNode, target: FileNode, one: Copier
+) -> tuple[int, "asyncio.Task[object]"]:
+    """The process, which is stopped, and a copy that it has been asked for."""
+    await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
+    [pid] = processes()
+    os.kill(pid, signal.SIGSTOP)
+    copy = asyncio.create_task(target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER))
+    await until_asked(one)
+    return pid, copy
 
 
 async def until_asked(one: Copier) -> None:
@@ -294,14 +291,20 @@ async def until_asked(one: Copier) -> None:
         await steps(1)
 
 
+async def test_killed_in_the_midst_of_a_copy(tmp_path: Path, own: Copier) -> None:
+    """It has the request and does nothing about it."""
+    async with files(tmp_path, CONTENT) as (source, target):
+        pid, copy = await asked_in_vain(source, target, own)
+        kill(pid)
+        assert await copy is None
+        assert await target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) == []
+        assert processes() != [pid]
+
+
 async def test_a_cancelled_copy_is_waited_for(tmp_path: Path, own: Copier) -> None:
     """Until then it may write: who cancelled it must not give its place to anything else."""
     async with files(tmp_path, CONTENT) as (source, target):
-        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
-        [pid] = processes()
-        os.kill(pid, signal.SIGSTOP)
-        copy = asyncio.create_task(target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER))
-        await until_asked(own)
+        pid, copy = await asked_in_vain(source, target, own)
         for _ in range(3):
             copy.cancel()
             await steps(5)
@@ -335,11 +338,7 @@ async def test_copies_take_no_thread_when_all_is_prepared(tmp_path: Path, own: C
 async def test_the_file_is_locked_as_long_as_anything_may_be_written(tmp_path: Path, own: Copier) -> None:
     """Also when the daemon has gone: here it lets go of everything."""
     async with files(tmp_path, CONTENT) as (source, target):
-        await target.copy_apart([Segment(MIB, source, 0)], 0, MIB, CLUSTER)
-        [pid] = processes()
-        os.kill(pid, signal.SIGSTOP)
-        copy = asyncio.create_task(target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER))
-        await until_asked(own)
+        pid, copy = await asked_in_vain(source, target, own)
         os.close(target._fd)
         target._fd = os.open(os.devnull, os.O_RDWR)
         with pytest.raises(RequestError, match="lock"):

@@ -16,16 +16,14 @@ from blockd.protocols.file_status import FileStatus, status_of_name, status_of_o
 STATX_TIMES = 0x20 | 0x40 | 0x80 | 0x800
 
 
-@pytest.fixture(params=["statx", "stat"])
+@pytest.fixture(params=["there", "not allowed", "not in the C library"])
 def call(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """With the call, and where a kernel or a container has none."""
-    if request.param == "stat":
-
-        def statx(*_: object) -> int:
-            return -1
-
-        monkeypatch.setattr(file_status._libc, "statx", statx)
-        monkeypatch.setattr(ctypes, "get_errno", lambda: errno.ENOSYS)
+    """With statx, and where a kernel, a container or a C library has none."""
+    if request.param == "not allowed":
+        monkeypatch.setattr(file_status, "_call", lambda *_: -1)
+        monkeypatch.setattr(ctypes, "get_errno", lambda: errno.EPERM)
+    elif request.param != "there":
+        monkeypatch.setattr(file_status, "_call", None)
     return str(request.param)
 
 
