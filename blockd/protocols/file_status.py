@@ -10,6 +10,7 @@ import errno
 import os
 import stat
 import struct
+from pathlib import Path
 from typing import NamedTuple
 
 # None: the C library has no such call.
@@ -49,7 +50,7 @@ def status_of_name(path: str) -> FileStatus:
 
     Raises:   OSError: there is none, or it cannot be looked at.
     """
-    return _statx(_AT_FDCWD, os.fsencode(path), 0) or _from_stat(os.stat(path))  # noqa: PTH116  asked for often
+    return _statx(_AT_FDCWD, os.fsencode(path), 0) or _from_stat(Path(path).stat())
 
 
 def _identity(mode: int, device: int, inode: int, special_device: int) -> tuple[int, int]:
