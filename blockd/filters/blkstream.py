@@ -366,11 +366,25 @@ class BlkStream(FilterNode):
         Raises:   StorageError: copying or writing failed; all that is not in the image stays kept.
         """
         while self._kept.touches(start, end):
-            if not all(map(self._is_whole, self._kept.clusters(start, end))):
-                async with self._queue.copying(start, end) as copy:
+            for low, high in self._incomplete(start, end):
+                async with self._queue.copying(low, high) as copy:
                     if self.active.backing is not None:
                         await self._copy_for_merge(copy)
             await self._land(start, end)
+
+    def _incomplete(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The clusters of a range of which parts are kept, as ranges of neighbours.
+
+        No others: a guest that writes to a part of one would wait for its copy, again and again, if it writes
+        to a whole one besides, whose copy is therefore never finished.
+        """
+        ranges: list[tuple[int, int]] = []
+        for cluster in self._kept.clusters(start, end):
+            if not self._is_whole(cluster):
+                is_next = bool(ranges) and ranges[-1][1] == cluster.offset
+                first = ranges.pop()[0] if is_next else cluster.offset
+                ranges.append((first, cluster.offset + self.cluster_size))
+        return ranges
 
     async def _copy_for_merge(self, copy: Copy) -> None:
         source = await self._plan(copy)
