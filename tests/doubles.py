@@ -29,6 +29,12 @@ class HeldNode(FilterNode):
         self._open.clear()
         self.reached.clear()
 
+    def hold_no_more(self) -> asyncio.Event:
+        """Let only those go on waiting that do, until what is returned is set."""
+        held, self._open = self._open, asyncio.Event()
+        self._open.set()
+        return held
+
     def release(self) -> None:
         self._open.set()
 

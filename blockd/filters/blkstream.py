@@ -108,7 +108,7 @@ class BlkStream(FilterNode):
         Raises:   StorageError: reading or writing failed; what was there is unchanged.
         """
         end = align_up(offset + length, self.cluster_size)
-        async with self._queue.copying(offset, end) as copy:
+        async with self._queue.copying(offset, end, is_for_guest=keep_cached) as copy:
             source = await self._plan(copy)
             counts = await self._fill(copy, source, keep_cached=keep_cached)
         if self._kept:
@@ -134,9 +134,13 @@ class BlkStream(FilterNode):
                 position = extent.end
 
     async def _populate_pieces(self, extent: Extent) -> None:
-        for start in range(extent.offset, extent.end, COPY_LENGTH_MAX):
+        """Copy what no stream is copying: that takes longer than to read it from below once more."""
+        end = extent.offset
+        while parts := self._queue.uncopied(end, extent.end):
+            start, part_end = parts[0]
+            end = min(part_end, start + COPY_LENGTH_MAX)
             try:
-                await self.populate(start, min(COPY_LENGTH_MAX, extent.end - start), keep_cached=True)
+                await self.populate(start, end - start, keep_cached=True)
             except StorageError as error:
                 # The guest asked to read: it gets its data from below, or that read's own error.
                 log.warning("copy-on-read of %s at %d failed: %s", self.filename, start, error.message)

@@ -33,8 +33,9 @@ class Entry:
 class Copy(Entry):
     """A copy, some clusters of which may have been cancelled."""
 
-    def __init__(self, start: int, end: int) -> None:
+    def __init__(self, start: int, end: int, *, is_for_guest: bool) -> None:
         super().__init__(start, end)
+        self.is_for_guest = is_for_guest
         self._cancelled: list[tuple[int, int]] = []
 
     def cancel(self, start: int, end: int) -> None:
@@ -61,15 +62,17 @@ class WriteQueue:
         self._landings: list[Entry] = []
 
     @asynccontextmanager
-    async def copying(self, start: int, end: int) -> AsyncIterator[Copy]:
+    async def copying(self, start: int, end: int, *, is_for_guest: bool = False) -> AsyncIterator[Copy]:
         """Be the only copy of these clusters, with no guest write under way when it starts.
+
+        `is_for_guest`: of what a guest is about to read, and no more.
 
         Needs:    start and end are multiples of the cluster size.
         Cancel:   while waiting: nothing is entered.
         """
         while (before := _overlapping([*self._writes, *self._copies], start, end)) is not None:
             await asyncio.shield(before.done)
-        copy = Copy(start, end)
+        copy = Copy(start, end, is_for_guest=is_for_guest)
         self._copies.append(copy)
         try:
             yield copy
@@ -95,6 +98,18 @@ class WriteQueue:
         self.cancel_copies(align_up(offset, self._cluster_size), align_down(end, self._cluster_size))
         needed = _overlapping_cluster(self._copies, self._partial_clusters(offset, end))
         return needed or _overlapping(self._landings, align_down(offset, self._cluster_size), end)
+
+    def uncopied(self, start: int, end: int) -> list[tuple[int, int]]:
+        """The parts of a range, in order, that no copy is under way for, but for those for guests."""
+        parts = [(start, end)] if start < end else []
+        for copy in (copy for copy in self._copies if not copy.is_for_guest):
+            parts = [
+                (low, high)
+                for before, after in parts
+                for low, high in ((before, min(after, copy.start)), (max(before, copy.end), after))
+                if low < high
+            ]
+        return parts
 
     def cancel_copies(self, start: int, end: int) -> None:
         """Let go of the copies of these clusters: they are about to get content, or have some."""

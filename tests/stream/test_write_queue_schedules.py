@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 from blockd.errors import StorageError
+from blockd.extents import Kind
 from blockd.filters.blkstream import BlkStream
+from blockd.filters.write_queue import WriteQueue
 from blockd.formats.check_report import CheckReport
 from blockd.formats.qcow2.check import check
 from blockd.formats.raw.image import RawImage
@@ -190,6 +192,32 @@ async def test_own_cluster_is_read_and_written_while_the_source_is_held() -> Non
         async with copy_held(scene, CLUSTER):
             await scene.write(512, 512)
             assert await scene.node.read(0, CLUSTER) == scene.model.content[:CLUSTER]
+
+
+async def test_read_does_not_wait_for_the_copy_of_what_it_reads() -> None:
+    """It copies what nobody does."""
+    async with rig() as scene:
+        async with copy_held(scene, CLUSTER, 2 * CLUSTER):
+            held = scene.source.hold_no_more()
+            found = await scene.node.read(512, 4 * CLUSTER)
+            assert found == scene.model.content[512 : 512 + 4 * CLUSTER]
+            kinds = [extent.kind for extent in await scene.disk.active.map(0, 5 * CLUSTER)]
+            assert kinds == [Kind.DATA, Kind.UNALLOCATED, Kind.DATA]
+            held.set()
+        await scene.compare()
+        await scene.stream_to_end()
+        report = await scene.whole_image()
+    assert (report.allocated_clusters, report.leaks) == (COUNT, 0)
+
+
+async def test_what_is_not_being_copied() -> None:
+    queue = WriteQueue(CLUSTER)
+    async with queue.copying(2, 4), queue.copying(6, 7), queue.copying(4, 6, is_for_guest=True):
+        assert queue.uncopied(0, 8) == [(0, 2), (4, 6), (7, 8)]
+        assert queue.uncopied(2, 4) == queue.uncopied(3, 4) == []
+        assert queue.uncopied(3, 6) == [(4, 6)]
+        assert queue.uncopied(8, 8) == []
+    assert queue.uncopied(0, 8) == [(0, 8)]
 
 
 @pytest.mark.parametrize("kind", ["write_zeroes", "write_zeroes without unmap", "discard"])
