@@ -6,7 +6,7 @@ copied into the active image, whole clusters at a time. A stream is nothing but 
 Without a stream it is copy-on-read.
 
     guest read    in the image, or from the final base: straight through
-                  else: copy, then read the image
+                  else: copy what no stream is copying, then read the image, or from below it
     guest write   clusters of its own: straight through, no queue
                   else whole clusters: through the write queue (write_queue.py), which orders it with the
                   copies and lets it go first
