@@ -107,28 +107,6 @@ async def test_a_part_of_a_cluster_that_is_being_copied_is_kept() -> None:
         assert scene.source.read_count == 1  # the copy was enough for both
 
 
-async def test_a_write_that_cancels_what_a_merge_copies_has_its_turn() -> None:
-    """It covers the one cluster, whose copy is not wanted then, and waits for that of the other once."""
-    async with keeping() as scene:
-        for offset in (0, CLUSTER):
-            await scene.write(offset + 512, 512)
-        scene.source.reached.clear()
-        merge = asyncio.ensure_future(scene.node.settle())
-        await scene.source.reached.wait()
-
-        async def write() -> None:
-            async with scene.node._queue.writing(100, 2 * CLUSTER):
-                pass
-
-        other = asyncio.ensure_future(write())
-        await steps(SETTLED_STEP_COUNT)
-        assert not other.done()
-        scene.source.release()
-        await steps(SETTLED_STEP_COUNT)
-        assert other.done()
-        await merge
-
-
 async def test_a_part_of_an_own_cluster_does_not_wait_for_the_copy_around_it() -> None:
     async with keeping() as scene:
         await scene.write(CLUSTER, CLUSTER)
