@@ -9,7 +9,7 @@ A copy brings old data; a guest write brings new data, and always wins:
   before those that come later, for it is older than they are.
 - A copy waits for guest writes and other copies of its clusters that came before it. What it then
   finds there it leaves alone: after waiting, the map is looked at again.
-- A guest read waits for nothing but a copy that another one has started: it is as short as its own.
+- A guest read does not wait for the copies of streams: what they copy it reads from below.
 """
 
 import asyncio
