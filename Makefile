@@ -13,7 +13,8 @@ DIST := dist
 # Two workers, which take work from each other: some tests wait for disks and peers.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 
-.PHONY: help demo test test-fast lint types sweep fuzz-images schemas bench wheel-compiled clean
+.PHONY: help demo test test-fast lint types sweep model-sweep storm direct-cycles fuzz-images population schemas bench \
+  wheel-compiled clean
 .DEFAULT_GOAL := help
 
 help: ## show the targets
@@ -38,8 +39,20 @@ types: $(VENV)/.ready-dev ## mypy --strict
 sweep: $(VENV)/.ready-dev ## look at more crashes than the tests do: make sweep STATES=2000000
 	$(BIN)/python -m tests.crash.sweep --states $(or $(STATES),200000) $(if $(SEED),--seed $(SEED))
 
+model-sweep: $(VENV)/.ready-dev ## compare guests' operations on cold files with a model: make model-sweep OPERATIONS=10000000
+	$(BIN)/python -m tests.model_sweep --operations $(or $(OPERATIONS),1000000) --seed $(or $(SEED),0)
+
+storm: $(VENV)/.ready-dev ## kill a daemon under clients and guests more often than the tests do: make storm STEPS=2000
+	$(BIN)/python -m tests.storm --steps $(or $(STEPS),500) --seed $(or $(SEED),1)
+
+direct-cycles: $(VENV)/.ready-dev ## look for stale pages after kills: make direct-cycles CYCLES=5000
+	$(BIN)/python -m tests.kill.direct_cycles --cycles $(or $(CYCLES),500) --seed $(or $(SEED),1)
+
 fuzz-images: $(VENV)/.ready-dev ## spoil more images than the tests do: make fuzz-images IMAGES=1000000
 	$(BIN)/python -m tests.fuzz.fuzz_images $(or $(IMAGES),20000) --seed $(or $(SEED),0)
+
+population: $(VENV)/.ready-dev ## compare verdicts on images with qemu-img's: make population IMAGES=2000
+	$(BIN)/python -m tests.interop.population --images $(or $(IMAGES),2000) --seed $(or $(SEED),0)
 
 schemas: $(VENV)/.ready ## write the JSON Schema of every command and event to schemas/
 	$(BIN)/python -m blockd.commands.schemas schemas
@@ -67,7 +80,7 @@ $(VENV)/.ready: pyproject.toml
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  $(PYTHON) -m venv --clear $(VENV) || { \
 	  echo "could not make $(VENV): on Debian and Ubuntu install python3-venv" >&2; exit 1; }
-	@echo "setting up $(VENV) (once)"
+	@echo "setting up $(VENV), once: downloading the packages that blockd needs"
 	@$(PIP) install --editable .
 	@touch $@
 

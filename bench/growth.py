@@ -5,6 +5,7 @@ are read. What should not matter then shows as a level line. All bytes are compa
 """
 
 import argparse
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from bench.lab import qemu, qemu_img
 from bench.peers import BLOCKD, Image, Running, running
 from bench.plot import Line, draw
 from bench.rows.guest_io import fio
+from bench.used import Write, write_all
 from blockd.units import GIB, KIB, MIB, TIB
 
 FOLDER = Path(__file__).parent
@@ -25,6 +27,8 @@ PLOT_FOLDER = FOLDER.parent / "docs" / "growth"
 DATA_SIZE = 256 * MIB
 SPARSE_DATA_SIZE = 16 * MIB
 STRIPE = 1 * MIB
+# A cluster of an overlay with many of them.
+FRAGMENT = 4 * KIB
 READ_TIME_S = 2
 
 
@@ -124,6 +128,26 @@ def devices(folder: Path, count: int) -> Point:
     return point
 
 
+def fragments(folder: Path, count: int) -> Point:
+    """An overlay in which every other one of its small clusters is written, over a base full of data."""
+    size = 2 * count * FRAGMENT
+    base, expected = folder / "base.raw", folder / "expected.raw"
+    block = random.Random(count).randbytes(MIB)
+    with base.open("wb") as file:
+        for position in range(0, size, MIB):
+            file.write(block[: size - position])
+    overlay = Image(folder / "overlay.qcow2", "qcow2", Image(base, "raw"))
+    options = ("-b", base, "-F", "raw", "-o", f"cluster_size={FRAGMENT}")
+    qemu_img("create", "-q", "-f", "qcow2", *options, overlay.path)
+    write_all(overlay.path, "qcow2", (Write(start, FRAGMENT) for start in range(0, size, 2 * FRAGMENT)))
+    qemu_img("convert", "-O", "raw", overlay.path, expected)
+    with running(BLOCKD, overlay, folder) as daemon:
+        point = _stream(daemon, count, ["disk"])
+    qemu_img("check", "-q", overlay.path)
+    qemu_img("compare", "-f", "qcow2", "-F", "raw", overlay.path, expected)
+    return point
+
+
 def connections(folder: Path, count: int) -> Point:
     """Guests that each read 4 KiB at a time; the time is that of one request times the connections."""
     image = _create(folder / "disk.qcow2", DATA_SIZE)
@@ -155,6 +179,7 @@ class Experiment:
 
 
 DOUBLINGS = (1, 2, 4, 8, 16, 32)
+FRAGMENT_COUNTS = (1_000, 4_000, 16_000, 64_000, 256_000, 1_000_000)
 EXPERIMENTS = [
     Experiment(
         f"stream {SPARSE_DATA_SIZE // MIB} MiB of data",
@@ -165,6 +190,7 @@ EXPERIMENTS = [
     ),
     Experiment(f"stream {DATA_SIZE // MIB} MiB", "backing images", "ms", DOUBLINGS, chain_depth),
     Experiment(f"stream {DATA_SIZE // MIB} MiB", "disks at once", "ms", DOUBLINGS, devices),
+    Experiment("stream into a used overlay", "ranges to copy", "ms", FRAGMENT_COUNTS, fragments),
     Experiment("random read 4 KiB", "NBD connections", "µs a request", (1, 4, 16, 64), connections),
 ]
 
@@ -187,9 +213,13 @@ def _run(experiment: Experiment, rounds: int) -> list[Point]:
     return [_median(points) for points in found.values()]
 
 
+def _number(x: float) -> str:
+    return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
+
+
 def _table(experiment: Experiment, points: list[Point]) -> str:
     rows = [
-        f"| {point.x:.3g} | {point.time_ms:,.0f} | {point.cpu_ms:,.0f} | {point.memory_mib:.1f} |"
+        f"| {_number(point.x)} | {point.time_ms:,.0f} | {point.cpu_ms:,.0f} | {point.memory_mib:.1f} |"
         for point in points
     ]
     heading = f"| {experiment.x_name} | time, {experiment.unit} | CPU, {experiment.unit} | memory, MiB |"

@@ -33,6 +33,8 @@ class Image:
     path: Path
     format: str
     backing: "Image | None" = None
+    # Whether the space of what is trimmed is given back.
+    discards: bool = False
 
     def options(self, prefix: str = "") -> str:
         """The image as the value of --blockdev."""
@@ -41,6 +43,8 @@ class Image:
             f"{prefix}file.driver=file",
             f"{prefix}file.filename={self.path}",
         ]
+        if self.discards:
+            words += [f"{prefix}discard=unmap", f"{prefix}file.discard=unmap"]
         if self.backing is not None:
             words.append(self.backing.options(f"{prefix}backing."))
         return ",".join(words)
@@ -56,6 +60,7 @@ class Work(Enum):
     """What a row asks of a peer."""
 
     QMP = "commands: streams, jobs"
+    SUBCLUSTERS = "streams into images with extended L2 entries"
     QCOW2 = "a guest's reads and writes of a qcow2 image, with or without a backing file"
     RAW = "a guest's reads and writes of a raw file"
 

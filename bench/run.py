@@ -9,10 +9,19 @@ from rich.console import Console
 from bench.lab import Lab
 from bench.peers import Peer, installed_peers
 from bench.report import DAEMONS, NBD_SERVERS, YARDSTICK, Report
-from bench.rows import Row, guest_beside, guest_io, process, streams
+from bench.rows import Row, guest_beside, guest_io, process, streams, tools, used, zeroing
 
 FOLDER = Path(__file__).parent
-ROWS = [*streams.ROWS, *guest_io.ROWS, *guest_beside.ROWS, *streams.SPARSE_ROWS, *process.ROWS]
+ROWS = [
+    *streams.ROWS,
+    *used.ROWS,
+    *tools.ROWS,
+    *guest_io.ROWS,
+    *zeroing.ROWS,
+    *guest_beside.ROWS,
+    *streams.SPARSE_ROWS,
+    *process.ROWS,
+]
 
 # Wide enough for every column, whatever the terminal: the table is pasted into documents.
 TABLE_WIDTH = 200

@@ -30,6 +30,10 @@ class FdAddress(NamedTuple):
 Address: TypeAlias = UnixAddress | InetAddress | FdAddress
 
 
+# Members of a node's options that name the node below it, or are the options of one.
+BELOW = ("file", "image", "backing")
+
+
 class Blockdev(NamedTuple):
     """Add a node to the graph; `options` are BlockdevOptions as blockdev-add takes them."""
 
@@ -78,6 +82,7 @@ class Export(NamedTuple):
     name: str | None = None
     description: str = ""
     writable: bool = False
+    writethrough: bool = False
 
 
 class FileDevice(NamedTuple):
@@ -145,14 +150,46 @@ class Config(NamedTuple):
     """All of it. The pidfile is written when everything else is ready.
 
     Names inside images may lead into `image_paths`, besides the folder of the image itself. `state_dir` has
-    what an earlier run was, and without options that is all there is. Streams hold back when guests' requests
-    take longer than `guest_latency_us`; 0: they never do. The NBD server polls for `nbd_poll_us` at most; 0:
-    never. None leaves it to them.
+    what an earlier run was, and without options that is all there is; what of it cannot be brought back is
+    left out, or with `is_restore_strict` keeps the daemon from starting. Streams hold back when guests'
+    requests take longer than `guest_latency_us`; 0: they never do. The NBD server polls for `nbd_poll_us` at
+    most; 0: never. None leaves it to them.
     """
 
     options: tuple[Given, ...]
     pidfile: str | None = None
     image_paths: tuple[str, ...] = ()
     state_dir: str | None = None
+    is_restore_strict: bool = False
     guest_latency_us: int | None = None
     nbd_poll_us: int | None = None
+
+
+class Served(NamedTuple):
+    """What a daemon that is ready serves, which the journal may have changed from what the options say."""
+
+    devices: tuple[str, ...]
+    nbd: tuple[Address, ...]
+    """Where the NBD server listens, but for sockets that were inherited."""
+    exports: tuple[str, ...]
+    """Their names."""
+    qmp: tuple[str, ...] = ()
+    """The unix sockets for QMP that the journal told of."""
+
+
+class StoppedJob(NamedTuple):
+    """A job that had not done its work when the daemon ended; `offset` of `length` is how far it was."""
+
+    type: str
+    id: str
+    offset: int
+    length: int
+    is_kept: bool
+    """The next start goes on with it; otherwise it was cancelled."""
+
+
+class MovedDevice(NamedTuple):
+    """A device that has another active image than at the start, which the next start does not know of."""
+
+    name: str
+    filename: str

@@ -14,7 +14,10 @@ Every border translates ``kind`` with one table (QMP class, NBD errno).
 import enum
 import errno as errno_codes
 import os
-from typing import Self
+from typing import Literal, Self
+
+# What a job was doing when the disk failed.
+Operation = Literal["read", "write"]
 
 
 class ErrorKind(enum.Enum):
@@ -53,6 +56,11 @@ class BlockdError(Exception):
         self.message = message
         self.context = context
 
+    @property
+    def brief(self) -> str:
+        """What QEMU says in this place, where its clients compare the text: an error of a job."""
+        return self.message
+
 
 class RequestError(BlockdError):
     """The caller asked for something that cannot be; nothing was changed."""
@@ -69,6 +77,10 @@ class ImageError(BlockdError):
     def __init__(self, message: str, *, kind: ErrorKind | None = None, **context: object) -> None:
         super().__init__(printable(message), kind=kind, **context)
 
+    @property
+    def brief(self) -> str:
+        return os.strerror(errno_codes.EIO)
+
 
 class PeerError(BlockdError):
     """A peer broke its protocol; only its own connection is affected."""
@@ -79,22 +91,26 @@ class PeerError(BlockdError):
 class StorageError(BlockdError):
     """A read, write or sync failed; ``errno`` is the system's code.
 
-    ``operation`` is "read" or "write": what a job's error event reports.
+    ``operation``: what a job's error event reports.
     """
 
     default_kind = ErrorKind.IO
 
     def __init__(
-        self, message: str, *, errno: int = errno_codes.EIO, operation: str = "write", **context: object
+        self, message: str, *, errno: int = errno_codes.EIO, operation: Operation = "write", **context: object
     ) -> None:
         full = errno in (errno_codes.ENOSPC, errno_codes.EDQUOT)
         super().__init__(message, kind=ErrorKind.NO_SPACE if full else ErrorKind.IO, **context)
         self.errno = errno
         self.operation = operation
 
+    @property
+    def brief(self) -> str:
+        return os.strerror(self.errno)
+
     @classmethod
     def from_os(cls, error: OSError, action: str, name: str) -> Self:
         """Translate an operating system error met while doing `action` to the file `name`."""
         code = error.errno or errno_codes.EIO
-        operation = "read" if action in ("read", "map") else "write"
+        operation: Operation = "read" if action in ("read", "map") else "write"
         return cls(f"Could not {action} '{name}': {os.strerror(code)}", errno=code, operation=operation)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from blockd.aio import in_thread
 from blockd.block.options import Check, Field, Fields, Options, Place, choice, flag, integer, record, text
-from blockd.errors import RequestError
+from blockd.errors import RequestError, printable
 from blockd.filters.throttle_group import NO_LIMITS, ThrottleGroup
 
 # The limits under names of their own, as the command line gives them.
@@ -170,4 +170,4 @@ def _check_readable(path: str, complaint: str) -> None:
         reason = "not a regular file"
     except (OSError, ValueError) as error:
         reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "the name has a NUL"
-    raise RequestError(complaint.format(path, path, reason))
+    raise RequestError(complaint.format(printable(path), printable(path), reason))

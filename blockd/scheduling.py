@@ -6,13 +6,12 @@ Nothing here takes a privilege, and nothing depends on it: where it cannot be, g
 import contextlib
 import ctypes
 import os
-import platform
 import struct
 import time
 
 # `struct sched_attr`: its size, policy, flags, nice, priority, runtime, deadline, period.
 ATTRIBUTES = struct.Struct("=IIQiIQQQ")
-_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}.get(platform.machine())
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274, "riscv64": 274}.get(os.uname().machine)
 _RESET_ON_FORK = 1
 
 # The shortest turn there is.

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,7 +20,8 @@ STOP_TIMEOUT_S = 100.0
 class DaemonProcess:
     """One `blockd` with its sockets in `folder`; several runs of it can follow each other.
 
-    Without `own_sockets` the arguments are all there is: no --qmp, no --nbd. `program` is what Python runs.
+    Without `own_sockets` the arguments are all there is: no --qmp, no --nbd. `program` is what Python runs,
+    in `environment`.
     """
 
     def __init__(
@@ -29,9 +30,11 @@ class DaemonProcess:
         *arguments: str | Path,
         own_sockets: bool = True,
         program: Sequence[str] = ("-m", "blockd.cli.daemon"),
+        environment: Mapping[str, str] = os.environ,
     ) -> None:
         self.folder = folder
         self.program = program
+        self.environment = environment
         self.qmp_path = folder / "qmp.sock"
         self.nbd_path = folder / "nbd.sock"
         self.pidfile = folder / "blockd.pid"
@@ -68,6 +71,7 @@ class DaemonProcess:
                 stdout=stdout,
                 stderr=stderr,
                 cwd=self.folder,
+                env=dict(self.environment),
             )
 
     async def _ready(self) -> None:

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import shutil
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +12,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from blockd.units import MIB
+from tests.missing import skip_without
 
 # What mkfs.xfs asks for is 300 MiB.
 SIZE = 512 * MIB
+# Stands for no filesystem of its own.
+FOLDER = "folder"
+# Has no file with its content, and cannot be written to past its pages.
+TMPFS = "tmpfs"
 
 _FIEMAP = 0xC020660B
 _FIEMAP_HEADER = struct.Struct("QQIII4x")
@@ -24,7 +30,7 @@ _EXTENT_COUNT_MAX = 4096
 
 
 class Place(NamedTuple):
-    """A folder, and the file with the filesystem that it is on; None: it could not be mounted."""
+    """A folder, and the file with the filesystem that it is on; None: it is on that of all tests."""
 
     path: Path
     content: Path | None
@@ -41,7 +47,16 @@ class Place(NamedTuple):
 
 @contextmanager
 def mounted(kind: str, folder: Path) -> Iterator[Place]:
-    """A new filesystem: as root, where the kernel has it and no sandbox forbids it; else just `folder`."""
+    """A new filesystem, or for `FOLDER` just `folder`; where it cannot be mounted, the test is skipped."""
+    if kind == FOLDER:
+        yield Place(folder, None)
+        return
+    if kind == TMPFS:
+        with _tmpfs(folder / kind) as path:
+            yield Place(path, None)
+        return
+    if shutil.which(f"mkfs.{kind}") is None:
+        skip_without(f"mkfs.{kind} is not installed")
     content = folder / f"{kind}.filesystem"
     with content.open("wb") as opened:
         opened.truncate(SIZE)
@@ -49,10 +64,32 @@ def mounted(kind: str, folder: Path) -> Iterator[Place]:
         try:
             _run(f"mkfs.{kind}", "-q", content)
             path = stack.enter_context(mounted_again(content))
-        except (OSError, subprocess.CalledProcessError):
-            yield Place(folder, None)
-        else:
-            yield Place(path, content)
+        except (OSError, subprocess.CalledProcessError) as error:
+            skip_without(f"{kind} cannot be mounted here: {error}")
+        yield Place(path, content)
+
+
+@contextmanager
+def read_only(path: Path) -> Iterator[None]:
+    """Nothing can be written to what is mounted here, nor is anybody writing."""
+    _run("mount", "-o", "remount,ro", path)
+    try:
+        yield
+    finally:
+        _run("mount", "-o", "remount,rw", path)
+
+
+@contextmanager
+def _tmpfs(path: Path) -> Iterator[Path]:
+    path.mkdir()
+    try:
+        _run("mount", "-t", TMPFS, "-o", f"size={SIZE}", TMPFS, path)
+    except (OSError, subprocess.CalledProcessError) as error:
+        skip_without(f"{TMPFS} cannot be mounted here: {error}")
+    try:
+        yield path
+    finally:
+        _run("umount", "--lazy", path)
 
 
 @contextmanager

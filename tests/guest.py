@@ -2,9 +2,11 @@
 
 import asyncio
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
-from blockd.block.node import BlockNode, Buffer
+from blockd.block.node import Buffer
 from blockd.block.root import Root
 from blockd.units import SECTOR_SIZE
 from tests.model import ModelDisk
@@ -49,7 +51,7 @@ class RootDisk:
     async def flush(self) -> None:
         async with self.root.request() as node:
             await node.flush()
-        self.root.report_loss()
+        self.root.lost_writes.report(self)
 
 
 class Guest:
@@ -101,20 +103,30 @@ class Guest:
 
     async def write(self, offset: int, length: int) -> None:
         data = self.model.new_data(offset, length)
-        self.model.begin_write(offset, data)
-        await self.disk.write(offset, data)
+        with self._changing(offset, data):
+            await self.disk.write(offset, data)
         self.model.finish_write(offset, data)
 
     async def zero(self, offset: int, length: int) -> None:
         data = bytes(length)
-        self.model.begin_write(offset, data)
-        await self.disk.write_zeroes(offset, length, unmap=self.rng.random() < 0.7)
+        with self._changing(offset, data):
+            await self.disk.write_zeroes(offset, length, unmap=self.rng.random() < 0.7)
         self.model.finish_write(offset, data)
 
     async def discard(self, offset: int, length: int) -> None:
-        self.model.begin_discard(offset, length)
-        await self.disk.discard(offset, length)
+        with self._changing(offset, bytes(length)):
+            await self.disk.discard(offset, length)
         self.model.finish_discard(offset, length)
+
+    @contextmanager
+    def _changing(self, offset: int, data: bytes) -> Iterator[None]:
+        """Without an acknowledgement it may have been done, or not."""
+        self.model.begin_write(offset, data)
+        try:
+            yield
+        except BaseException:
+            self.model.fail_write(offset, data)
+            raise
 
     async def flush(self) -> None:
         durable = self.model.begin_flush()
@@ -129,17 +141,17 @@ class Guest:
 
 
 async def churn(
-    node: BlockNode, model: ModelDisk, rng: random.Random, *, step_count: int, guest_count: int
+    root: Root, model: ModelDisk, rng: random.Random, *, step_count: int, guest_count: int
 ) -> None:
     """Several guests at once do random things, then everything is compared."""
-    disk = RootDisk(Root(node))
+    disk, cluster_size = RootDisk(root), root.top.cluster_size
 
     async def live(seed: int) -> None:
-        guest = Guest(disk, model, random.Random(seed), cluster_size=node.cluster_size)
+        guest = Guest(disk, model, random.Random(seed), cluster_size=cluster_size)
         for _ in range(step_count // guest_count):
             await guest.step()
 
     async with asyncio.TaskGroup() as guests:
         for _ in range(guest_count):
             guests.create_task(live(rng.getrandbits(32)))
-    await Guest(disk, model, rng, cluster_size=node.cluster_size).read_all()
+    await Guest(disk, model, rng, cluster_size=cluster_size).read_all()

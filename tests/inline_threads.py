@@ -30,10 +30,10 @@ def immediate_threads() -> Iterator[None]:
     """Inside, what goes to the running loop's executor is done on return: nobody waits, not even one turn."""
     loop = asyncio.get_running_loop()
 
-    def run_at_once(executor: object, call: Callable[[], T]) -> asyncio.Future[T]:
+    def run_at_once(executor: object, call: Callable[..., T], *arguments: object) -> asyncio.Future[T]:
         future: asyncio.Future[T] = loop.create_future()
         try:
-            future.set_result(call())
+            future.set_result(call(*arguments))
         except BaseException as error:
             future.set_exception(error)
         return future

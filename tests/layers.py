@@ -18,7 +18,8 @@ from blockd.block.image_paths import ImagePaths
 from blockd.block.node import BlockNode
 from blockd.cli.image.create import NewImage, create_image
 from blockd.devices.device import Devices
-from blockd.devices.streams import StreamRequest, Streams
+from blockd.devices.stream_request import StreamRequest
+from blockd.devices.streams import Streams
 from blockd.drivers import FORMATS, NodeGraph
 from blockd.jobs.manager import JobManager
 from blockd.units import KIB, SECTOR_SIZE

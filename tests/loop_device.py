@@ -1,5 +1,6 @@
 """Block devices whose content is in a file, where they can be made."""
 
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,6 +9,8 @@ from pathlib import Path
 
 def can_loop(folder: Path) -> bool:
     """Whether loop devices can be made here: as root, where the kernel has them and no sandbox forbids it."""
+    if shutil.which("losetup") is None:
+        return False
     path = folder / "probe"
     path.write_bytes(bytes(512))
     try:

@@ -89,8 +89,6 @@ class ModelDisk:
     def __init__(self, content: bytes) -> None:
         self.content = bytearray(content)
         self.sequence = 0
-        # What the last write that was begun wanted to write.
-        self.attempted = b""
         self._sizes: tuple[int, ...] = (len(content),)
         # By sector: the values possible after a crash, oldest first. Sectors without an entry were
         # never written.
@@ -118,7 +116,6 @@ class ModelDisk:
 
     def begin_write(self, offset: int, data: bytes) -> None:
         """The write is on its way: a crash may leave every sector old or new."""
-        self.attempted = data
         for sector, value in self._new_sectors(offset, data):
             self._may_become(sector, value)
         self._change()
@@ -147,12 +144,9 @@ class ModelDisk:
         written = _sectors(offset, len(data))
         self.finish_flush({sector: age for sector, age in self.begin_flush().items() if sector in written})
 
-    def begin_discard(self, offset: int, length: int) -> None:
-        assert not offset % SECTOR_SIZE and not length % SECTOR_SIZE, "guests discard whole sectors"
-        self.begin_write(offset, bytes(length))
-
     def finish_discard(self, offset: int, length: int) -> None:
         """A discarded sector reads as before or as zeroes, but always the same."""
+        assert not offset % SECTOR_SIZE and not length % SECTOR_SIZE, "guests discard whole sectors"
         self.fail_write(offset, bytes(length))
 
     def check_read(self, offset: int, data: bytes) -> None:
@@ -214,9 +208,9 @@ class ModelDisk:
         return self._history.get(sector) or (self._value(sector),)
 
     def begin_resize(self, size: int) -> None:
-        """The disk is being made larger; what is new reads as zeroes."""
+        """The disk is being made larger, and what is new reads as zeroes; or smaller."""
         self._sizes = (self.size, size)
-        self.content.extend(bytes(size - self.size))
+        self.content.extend(bytes(max(0, size - self.size)))
         self._change()
 
     def cut(self, size: int) -> None:
@@ -225,7 +219,12 @@ class ModelDisk:
         self._sizes = (size,)
 
     def finish_resize(self) -> None:
-        self._sizes = (self.size,)
+        size = self._sizes[-1]
+        del self.content[size:]
+        for found in (self._history, self._outdated, self._either):
+            for sector in [sector for sector in found if sector * SECTOR_SIZE >= size]:
+                del found[sector]
+        self._sizes = (size,)
         self._change()
 
     # -- details ----------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 import asyncio
 from pathlib import Path
 
+from tests.missing import require_programs
+
 PROGRAM_TIMEOUT_S = 100.0
 
 
@@ -12,6 +14,8 @@ async def run(*command: str | Path, expect: int | None = 0, stdin: str = "", cwd
     Raises:   AssertionError: its exit status is not `expect` (None: any will do), or it took too long.
     """
     words = [str(word) for word in command]
+    if "/" not in words[0]:
+        require_programs(words[0])  # an event loop may start programs in a way of its own
     process = await asyncio.create_subprocess_exec(
         *words,
         stdin=asyncio.subprocess.PIPE,

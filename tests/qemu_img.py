@@ -54,9 +54,10 @@ def write(path: Path, *commands: str, image_format: str = "qcow2") -> None:
     )
 
 
-def check(path: Path, image_format: str = "qcow2") -> Verdict | None:
+def check(path: Path, image_format: str = "qcow2", *, is_in_use: bool = False) -> Verdict | None:
     """Ask QEMU about an image; None when QEMU cannot even open it."""
-    text = qemu("qemu-img", "check", "--output=json", "-f", image_format, path, expect=None)
+    share = ["-U"] if is_in_use else []
+    text = qemu("qemu-img", "check", *share, "--output=json", "-f", image_format, path, expect=None)
     if not text.strip():
         return None
     found = json.loads(text)
@@ -92,3 +93,9 @@ def map_of(path: Path, image_format: str) -> list[dict[str, Any]]:
         qemu("qemu-img", "map", "--output=json", "-f", image_format, path)
     )
     return extents
+
+
+def info(path: Path) -> dict[str, Any]:
+    """What `qemu-img info` tells about an image, which may be in use."""
+    found: dict[str, Any] = json.loads(qemu("qemu-img", "info", "-U", "--output=json", path))
+    return found

@@ -4,15 +4,17 @@ What was written before the last completed sync is on the disk. Of what came aft
 be, in any order, each 512-byte sector old or new, and the file may be as long as it was or longer.
 """
 
-import asyncio
 import random
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec
 
+from blockd.aio import in_thread
 from blockd.block.node import Buffer, ProtocolNode, Source
 from blockd.units import SECTOR_SIZE, align_down, align_up
+
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,12 @@ class RecordingFile(ProtocolNode):
         # The log of all files that are recorded together; by default this one alone.
         self.tape: Tape = []
         self.on_entry: Callable[[], None] = lambda: None
-        # Nothing is answered at once, as if it were not in the page cache.
+        # Nothing is answered at once, as if it were not in the page cache; threads have to do it.
         self.is_slow = False
+        # Whether an answer at once is refused though the file is not slow.
+        self.would_wait: Callable[[], bool] = lambda: False
+        # Without a log nothing can be cut off, and a long life needs no memory.
+        self.has_log = True
         # The file of the image that an add-cow file speaks of.
         self.beside: RecordingFile | None = None
         self._lock = threading.Lock()
@@ -95,13 +101,14 @@ class RecordingFile(ProtocolNode):
         with self._lock:
             self.before_change(entry)
             self.on_entry()
-            if isinstance(entry, Write):
+            if isinstance(entry, Write) and self.has_log:
                 entry = self._whole_sectors(entry)
             if not isinstance(entry, Sync):
                 entry.apply(self.disk)
                 self.size = len(self.disk)
-            self.log.append(entry)
-            self.tape.append((self, entry))
+            if self.has_log:
+                self.log.append(entry)
+                self.tape.append((self, entry))
 
     def before_change(self, change: Entry) -> None:
         """For doubles that fail: raise, and nothing has happened."""
@@ -133,47 +140,48 @@ class RecordingFile(ProtocolNode):
     def truncate_blocking(self, size: int) -> None:
         self._record(Truncate(size))
 
+    def trim_blocking(self, end: int) -> None:
+        if end < self.size:
+            self.truncate_blocking(end)
+
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
-        if self.is_slow or offset + length > self.size:
+        if self.is_slow or offset + length > self.size or self.would_wait():
             return None
         buffer = bytearray(length)
         self.readinto_blocking(offset, memoryview(buffer))
         return buffer
 
     async def read(self, offset: int, length: int) -> Buffer:
-        await self._answer_later()
         buffer = bytearray(length)
-        self.readinto_blocking(offset, memoryview(buffer))
+        await self._run(self.readinto_blocking, offset, memoryview(buffer))
         return buffer
 
     def write_nowait(self, offset: int, data: Buffer) -> bool:
-        if self.is_slow:
+        if self.is_slow or self.would_wait():
             return False
         self.write_blocking(offset, data)
         return True
 
     async def write(self, offset: int, data: Buffer) -> None:
-        await self._answer_later()
-        self.write_blocking(offset, data)
-        await self._answer_later()
+        await self._run(self.write_blocking, offset, data)
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
-        await self._answer_later()
-        self.punch_hole_blocking(offset, length)
+        await self._run(self.punch_hole_blocking, offset, length)
 
     async def discard(self, offset: int, length: int) -> None:
         await self.write_zeroes(offset, length)
 
     async def flush(self) -> None:
-        await self._answer_later()
-        self.sync_blocking()
+        await self._run(self.sync_blocking)
 
     async def resize(self, size: int) -> None:
-        self.truncate_blocking(size)
+        await self._run(self.truncate_blocking, size)
 
-    async def _answer_later(self) -> None:
-        if self.is_slow:
-            await asyncio.sleep(0)
+    async def _run(self, call: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        if self.is_slow or self.would_wait():
+            await in_thread(call, *args, **kwargs)
+        else:
+            call(*args, **kwargs)
 
     async def close(self) -> None:
         """The memory stays for the test."""

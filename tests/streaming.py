@@ -1,5 +1,6 @@
 """A disk in memory or in files that a guest uses while a stream runs, without a daemon around it."""
 
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -8,6 +9,7 @@ from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.block.root import Root
 from blockd.drivers import FORMATS
+from blockd.errors import StorageError
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.add_cow import header as add_cow_header
 from blockd.formats.add_cow.check import check as check_add_cow
@@ -127,9 +129,14 @@ class Streaming:
         self._count = 0
 
     async def start(self, base: BlockNode | None = None, **options: object) -> StreamJob:
-        """Put the filter in front and start a stream down to `base`."""
-        stream = self.filter_type(self.active, base, "#stream")
+        """Put the filter in front and start a stream down to `base`; one that stayed there serves again."""
+        staying = self.root.top
         async with self.root.drained():
+            if isinstance(staying, self.filter_type) and staying.staged_length:
+                stream = staying
+                stream.begin_again(base, "#stream")
+            else:
+                stream = self.filter_type(self.active, base, "#stream")
             self.root.replace(stream)
         self._count += 1
         job = StreamJob(
@@ -141,17 +148,25 @@ class Streaming:
         )
 
         async def clean() -> None:
-            loss = await stream.let_go()
-            if loss is not None:
-                self.root.lose(loss)
-            async with self.root.drained():
-                if not job.is_cancelled and job.error is None:
-                    self.active.backing = base
-                self.root.replace(self.active)
+            await self.drain()
+            if stream.staged_length:
+                assert job.is_cancelled or job.error is not None
+            elif not job.is_cancelled and job.error is None:
+                self.active.backing = base
 
         job.clean = clean
         self._jobs.start(job)
         return job
+
+    async def drain(self) -> None:
+        """Merge what is staged, and take the filter away unless something stays."""
+        stream = self.root.top
+        assert isinstance(stream, self.filter_type)
+        with contextlib.suppress(StorageError):
+            await stream.flush_staged()
+        async with self.root.drained():
+            if not stream.staged_length:
+                self.root.replace(self.active)
 
     async def switch(self, overlay: OverlayNode) -> None:
         """Put an empty overlay on top: the old active image becomes its backing, and read-only."""

@@ -28,7 +28,7 @@ def test_wrong_read_is_noticed_and_named() -> None:
 
 def test_discarded_sector_settles_at_the_first_read() -> None:
     model = ModelDisk(A + A)
-    model.begin_discard(0, 1024)
+    model.begin_write(0, bytes(1024))
     model.finish_discard(0, 1024)
 
     model.check_read(0, bytes(512))

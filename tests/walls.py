@@ -13,7 +13,7 @@ PROJECT = Path(__file__).parent.parent
 # Rooms by floor: code imports its own room and the floors below, never up and never sideways.
 FLOORS: list[set[str]] = [
     {"errors", "units", "extents"},
-    {"aio", "range_lock", "ratelimit", "scheduling"},
+    {"aio", "few_lines", "filenames", "found_files", "freed_memory", "range_lock", "ratelimit", "scheduling"},
     {"wire"},
     {"qmp"},
     {"block"},
@@ -157,7 +157,7 @@ def names_say_something(module: Module) -> Iterator[str]:
 
 def tasks_have_owners(module: Module) -> Iterator[str]:
     """Tasks start in a TaskGroup; tests may hold single ones, to stop them where they want."""
-    if module.path.startswith("tests/"):
+    if module.path.startswith("tests/") or module.path == "blockd/aio.py":
         return
     for node in ast.walk(module.tree):
         if not isinstance(node, ast.Call):
@@ -169,11 +169,47 @@ def tasks_have_owners(module: Module) -> Iterator[str]:
             yield module.breach(node, f"{called}() has no owner: use create_task() of an asyncio.TaskGroup")
 
 
+# What may be lost when the caller of a thread is cancelled, though the thread has done it.
+LOST_RESULTS: dict[str, str] = {
+    "blockd/qmp/late_commands.py": "modules that were loaded stay loaded, and are asked for again",
+}
+
+
+def memory_follows_threads(module: Module) -> Iterator[str]:
+    """What a thread has done is noted even if the task was cancelled meanwhile."""
+    if not module.path.startswith("blockd/") or module.path in LOST_RESULTS:
+        return
+    for function in ast.walk(module.tree):
+        if not isinstance(function, ast.AsyncFunctionDef):
+            continue
+        if any(ast.unparse(decorator) == "uninterrupted" for decorator in function.decorator_list):
+            continue
+        nodes = list(ast.walk(function))
+        calls = [
+            node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func) == "in_thread"
+        ]
+        first = min((call.lineno for call in calls), default=len(module.source))
+        for node in nodes:
+            is_set = (
+                isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and node.lineno >= first
+            )
+            if is_set and ast.unparse(node).startswith("self."):
+                yield module.breach(
+                    node,
+                    f"'{ast.unparse(node)}' is not set if the task is cancelled while a thread works: "
+                    "decorate the function with @uninterrupted",
+                )
+
+
 # Where any exception at all is caught on purpose: a supervisor keeps the daemon alive, and says why.
 SUPERVISORS: dict[str, str] = {
     "blockd/jobs/job.py": "a bug in a job ends that job, and its completion event says so",
+    "blockd/daemon/left_out.py": "a bug met by one thing that is restored does not keep the rest from being",
+    "blockd/daemon/recorder.py": "a bug in the last journal does not keep images from being closed",
+    "blockd/jobs/manager.py": "a bug in the journal, or beside the jobs, ends neither a job nor the daemon",
     "blockd/exports/nbd/connection.py": "a bug costs the guest a request, or one client its connection",
     "blockd/qmp/server.py": "a bug costs one client its connection",
+    "blockd/qmp/late_commands.py": "modules of two editions that meet end no daemon",
     "blockd/qmp/session.py": "a bug in a command becomes its error reply",
     "blockd/web/server.py": "a bug in what is shown becomes an error page",
 }
@@ -236,6 +272,23 @@ def only_cli_prints(module: Module) -> Iterator[str]:
             yield module.breach(node, "prints: log an event with logging, or return the value to cli/")
 
 
+# The one module that makes names absolute: it takes no '..' away, or asks the file system.
+NAMES_MODULE = "blockd/filenames.py"
+_COLLAPSING = {"abspath", "normpath", "realpath", "relpath", "absolute", "resolve"}
+
+
+def names_stay_as_they_are(module: Module) -> Iterator[str]:
+    """`..` behind a symbolic link leads elsewhere than the text says."""
+    if not module.is_product or module.path == NAMES_MODULE:
+        return
+    for node in ast.walk(module.tree):
+        if isinstance(node, ast.Attribute | ast.Name):
+            name = node.attr if isinstance(node, ast.Attribute) else node.id
+            is_ours = name == "absolute" and isinstance(node, ast.Name)
+            if name in _COLLAPSING and not is_ours:
+                yield module.breach(node, f"{name}: use absolute() or real_path() of blockd.filenames")
+
+
 def loop_is_never_put_to_sleep(module: Module) -> Iterator[str]:
     """time.sleep() in the product stalls every guest, or hides a missing condition."""
     if not module.is_product:
@@ -273,9 +326,11 @@ RULES: list[Rule] = [
     wire_is_pure,
     names_say_something,
     tasks_have_owners,
+    memory_follows_threads,
     only_supervisors_catch_all,
     cancellation_is_never_swallowed,
     only_cli_prints,
+    names_stay_as_they_are,
     loop_is_never_put_to_sleep,
     functions_are_short,
     files_are_short,

@@ -19,6 +19,7 @@ from typing import NamedTuple
 from bench.lab import Lab, qemu, qemu_img
 from bench.peers import Image, Peer, Running, running
 from bench.rows import Figure, Row, Sample
+from bench.used import USED_DISKS, USED_QED, Recipe
 from blockd.units import GIB, KIB, MIB
 
 IDLE_P99 = Figure("p99 idle", "µs", is_more_better=False)
@@ -52,7 +53,15 @@ class _Write(NamedTuple):
 
 def _measure(size: int, lab: Lab, peer: Peer) -> Sample:
     base = lab.large_base(size)
-    overlay = lab.overlay(base)
+    return _measure_image(lab, peer, lab.overlay(base), base, size)
+
+
+def _measure_used(recipe: Recipe, lab: Lab, peer: Peer) -> Sample:
+    return _measure_image(lab, peer, *recipe.make(lab), recipe.size)
+
+
+def _measure_image(lab: Lab, peer: Peer, overlay: Image, content: Image, size: int) -> Sample:
+    """`content`: what the overlay of this size reads as."""
     qemu("qemu-io", "-c", f"write -P 0x{OLD.hex()} 0 {MAPPED_SIZE}", overlay.path)
     lab.settle()
     with running(peer, overlay, lab.folder) as daemon:
@@ -69,7 +78,7 @@ def _measure(size: int, lab: Lab, peer: Peer) -> Sample:
     if "error" in completed:
         raise RuntimeError(f"{peer.name}: the stream failed: {completed['error']}")
     writes = _logged(lab)
-    _compare(lab, overlay, base, len(writes), account)
+    _compare(lab, overlay, content, len(writes), account)
     idle_from = writes[0].started + WARM_UP_TIME_S
     before = [write.duration for write in writes if idle_from < write.started < started]
     beside = [write.duration for write in writes if started < write.finished and write.started < finished]
@@ -140,6 +149,12 @@ FIGURES = (IDLE_P99, STREAM_P99, DUE_P99, LONGEST, THROUGHPUT)
 
 # The smaller one fits into the page cache of most machines, the larger one keeps their disk busy.
 ROWS = [
-    Row(f"guest write 4 KiB beside a stream of {size // GIB} GiB", FIGURES, partial(_measure, size))
-    for size in (1 * GIB, 4 * GIB)
+    *(
+        Row(f"guest write 4 KiB beside a stream of {size // GIB} GiB", FIGURES, partial(_measure, size))
+        for size in (1 * GIB, 4 * GIB)
+    ),
+    *(
+        Row(f"guest write 4 KiB beside a stream, {recipe.name}", FIGURES, partial(_measure_used, recipe))
+        for recipe in [*USED_DISKS, USED_QED]
+    ),
 ]

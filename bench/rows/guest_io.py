@@ -6,13 +6,16 @@ when the image is read afterwards.
 
 import json
 import subprocess
+from collections.abc import Callable
 from functools import partial
 from statistics import quantiles
+from typing import NamedTuple
 
 from bench.lab import DATA_SIZE, Lab
 from bench.peers import Image, Peer, Running, Work, running
 from bench.rows import Figure, Row, Sample
 from bench.rows.copy_loop import write_into_clusters
+from bench.used import USED_DISKS
 from blockd.units import KIB, MIB
 
 IOPS = Figure("rate", "IOPS", is_more_better=True)
@@ -25,6 +28,24 @@ PATTERN = 0xB10CD0FF
 CLUSTER_SIZE = 64 * KIB
 # How much is written: enough to last for seconds, the same for every peer.
 WRITE_SIZES = {1: 96 * MIB, 16: DATA_SIZE}
+
+
+class Disk(NamedTuple):
+    """What a guest works on: how its image is made for a sample, with what it reads as before."""
+
+    name: str
+    make: Callable[[Lab], tuple[Image, Image]]
+    work: Work = Work.QCOW2
+
+    def row_name(self, name: str) -> str:
+        return f"{name}, {self.name}" if self.name else name
+
+
+FULL = Disk("", lambda lab: (lab.filled(), lab.raw_base))
+EMPTY = Disk("", lambda lab: (lab.overlay(lab.raw_base), lab.raw_base))
+# For servers that know no qcow2.
+RAW = Disk("raw file", lambda lab: (lab.filled("raw"), lab.raw_base), Work.RAW)
+USED = [Disk(recipe.name, recipe.make) for recipe in USED_DISKS]
 
 
 def fio(daemon: Running, *options: str) -> dict[str, object]:
@@ -63,8 +84,9 @@ def _warm_up(daemon: Running) -> None:
     )
 
 
-def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int, *, image: str = "qcow2") -> Sample:
-    with running(peer, lab.filled(image), lab.folder) as daemon:
+def _read(lab: Lab, peer: Peer, *, disk: Disk, pattern: str, block: int, depth: int) -> Sample:
+    image, content = disk.make(lab)
+    with running(peer, image, lab.folder) as daemon:
         job = fio(
             daemon,
             *(
@@ -76,27 +98,27 @@ def _read(lab: Lab, peer: Peer, pattern: str, block: int, depth: int, *, image: 
             ),
             *("--time_based", f"--ramp_time={WARM_UP_TIME_S}", f"--runtime={READ_TIME_S}"),
         )
-        lab.compare(daemon.nbd_uri, lab.raw_base, "raw")
+        lab.compare(daemon.nbd_uri, content, "raw")
     return _figures(job, "read")
 
 
-def _write(lab: Lab, peer: Peer, pattern: str, block: int, depth: int, *, image: str = "qcow2") -> Sample:
-    filled = lab.filled(image)
+def _write(lab: Lab, peer: Peer, *, disk: Disk, pattern: str, block: int, depth: int) -> Sample:
+    image, content = disk.make(lab)
     size = DATA_SIZE if pattern == "write" else WRITE_SIZES[depth]
-    with running(peer, filled, lab.folder) as daemon:
+    with running(peer, image, lab.folder) as daemon:
         _warm_up(daemon)
         job = fio(
             daemon,
             *(f"--rw={pattern}", f"--bs={block}", f"--iodepth={depth}", f"--size={size}"),
             f"--buffer_pattern={PATTERN:#x}",
         )
-    _expect_written(lab, filled, written_of_unit=block, unit=block, size=size)
+    _expect_written(lab, image, content, written_of_unit=block, unit=block, size=size)
     return _figures(job, "write")
 
 
-def _allocating_write(lab: Lab, peer: Peer, depth: int) -> Sample:
-    """Write 4 KiB at the start of every cluster of an empty overlay."""
-    image = lab.overlay(lab.raw_base)
+def _allocating_write(lab: Lab, peer: Peer, *, disk: Disk, depth: int) -> Sample:
+    """Write 4 KiB at the start of every cluster, most of which the image does not have."""
+    image, content = disk.make(lab)
     block = 4 * KIB
     with running(peer, image, lab.folder) as daemon:
         _warm_up(daemon)
@@ -107,7 +129,7 @@ def _allocating_write(lab: Lab, peer: Peer, depth: int) -> Sample:
             *(f"--size={DATA_SIZE}", f"--io_size={DATA_SIZE // CLUSTER_SIZE * block}"),
             f"--buffer_pattern={PATTERN:#x}",
         )
-    _expect_written(lab, image, written_of_unit=block, unit=CLUSTER_SIZE, size=DATA_SIZE)
+    _expect_written(lab, image, content, written_of_unit=block, unit=CLUSTER_SIZE, size=DATA_SIZE)
     return _figures(job, "write")
 
 
@@ -119,54 +141,64 @@ def _bare_allocating_write(lab: Lab) -> Sample:
     return {IOPS.name: len(durations) / sum(durations), P99.name: quantiles(durations, n=100)[98] * 1e6}
 
 
-def _expect_written(lab: Lab, image: Image, *, written_of_unit: int, unit: int, size: int) -> None:
-    """Check that the first bytes of each unit up to `size` hold the pattern, and all else the base.
+def _expect_written(
+    lab: Lab, image: Image, content: Image, *, written_of_unit: int, unit: int, size: int
+) -> None:
+    """Check that the first bytes of each unit up to `size` hold the pattern, and all else what was there.
 
     Raises:   RuntimeError: a byte differs.
     """
     lab.check(image)
     expected = Image(lab.folder / "expected.raw", "raw")
     stamp = PATTERN.to_bytes(4, "big") * (written_of_unit // 4)
-    with lab.raw_base.path.open("rb") as source, expected.path.open("wb") as target:
+    with content.path.open("rb") as source, expected.path.open("wb") as target:
         for offset in range(0, DATA_SIZE, unit):
             data = source.read(unit)
             target.write(stamp + data[written_of_unit:] if offset < size else data)
     lab.compare(image.path, expected, image.format)
 
 
-def _random(direction: str, depth: int, image: str = "qcow2") -> Row:
+def _random(disk: Disk, direction: str, depth: int) -> Row:
     measure = partial(
         _read if direction == "read" else _write,
+        disk=disk,
         pattern=f"rand{direction}",
         block=4 * KIB,
         depth=depth,
-        image=image,
     )
-    name = f"random {direction} 4 KiB, depth {depth}"
-    if image == "raw":
-        return Row(f"{name}, raw file", (IOPS, P99), measure, work=Work.RAW)
-    return Row(name, (IOPS, P99), measure, work=Work.QCOW2)
+    name = disk.row_name(f"random {direction} 4 KiB, depth {depth}")
+    return Row(name, (IOPS, P99), measure, work=disk.work)
 
 
-def _sequential(direction: str) -> Row:
-    measure = partial(_read if direction == "read" else _write, pattern=direction, block=MIB, depth=4)
-    return Row(f"sequential {direction} 1 MiB, depth 4", (THROUGHPUT,), measure, work=Work.QCOW2)
+def _sequential(disk: Disk, direction: str) -> Row:
+    measure = partial(
+        _read if direction == "read" else _write, disk=disk, pattern=direction, block=MIB, depth=4
+    )
+    name = disk.row_name(f"sequential {direction} 1 MiB, depth 4")
+    return Row(name, (THROUGHPUT,), measure, work=disk.work)
 
 
-def _allocating(depth: int) -> Row:
+def _allocating(disk: Disk, depth: int) -> Row:
     return Row(
-        f"allocating write 4 KiB, depth {depth}",
+        disk.row_name(f"allocating write 4 KiB, depth {depth}"),
         (IOPS, P99),
-        partial(_allocating_write, depth=depth),
-        _bare_allocating_write,
-        Work.QCOW2,
+        partial(_allocating_write, disk=disk, depth=depth),
+        _bare_allocating_write if disk is EMPTY else None,
+        disk.work,
     )
+
+
+def _rows(full: Disk, empty: Disk) -> list[Row]:
+    return [
+        *(_random(full, direction, depth) for direction in ("read", "write") for depth in (1, 16)),
+        *(_allocating(empty, depth) for depth in (1, 16)),
+        *(_sequential(full, direction) for direction in ("read", "write")),
+    ]
 
 
 ROWS = [
-    *(_random(direction, depth) for direction in ("read", "write") for depth in (1, 16)),
-    *(_allocating(depth) for depth in (1, 16)),
-    *(_sequential(direction) for direction in ("read", "write")),
-    # For servers that know no qcow2. Two will do: each takes half a minute of a run.
-    *(_random(direction, 16, "raw") for direction in ("read", "write")),
+    *_rows(FULL, EMPTY),
+    *(row for disk in USED for row in _rows(disk, disk)),
+    # Two will do: each takes half a minute of a run.
+    *(_random(RAW, direction, 16) for direction in ("read", "write")),
 ]

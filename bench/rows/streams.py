@@ -23,7 +23,7 @@ LONG_SIZE = 4 * GIB
 
 
 @dataclass(frozen=True)
-class _Stream:
+class Stream:
     """What one stream took: time to COMPLETED, time until a flush after that is answered, and the rest."""
 
     duration_s: float
@@ -32,9 +32,13 @@ class _Stream:
     memory_bytes: int
 
 
-def _stream(lab: Lab, peer: Peer, base: Image) -> _Stream:
+def _stream(lab: Lab, peer: Peer, base: Image) -> Stream:
     """Stream `base` into a fresh overlay."""
-    overlay = lab.overlay(base)
+    return stream_into(lab, peer, lab.overlay(base), base)
+
+
+def stream_into(lab: Lab, peer: Peer, overlay: Image, expected: Image) -> Stream:
+    """Stream into an overlay, which then has to be as expected."""
     with running(peer, overlay, lab.folder) as daemon:
         cpu_before = daemon.cpu_seconds()
         started = time.perf_counter()
@@ -46,9 +50,9 @@ def _stream(lab: Lab, peer: Peer, base: Image) -> _Stream:
         cpu_s = daemon.cpu_seconds() - cpu_before
         asyncio.run(_flush(daemon))
         flushed_s = time.perf_counter() - started
-        found = _Stream(duration_s, flushed_s, cpu_s, daemon.memory_bytes("VmHWM"))
+        found = Stream(duration_s, flushed_s, cpu_s, daemon.memory_bytes("VmHWM"))
     lab.check(overlay)
-    lab.compare(overlay.path, base)
+    lab.compare(overlay.path, expected, overlay.format)
     return found
 
 

@@ -26,6 +26,10 @@ class Counter:
         self.time_ns += time_ns
 
 
+# Guests are at work that asked for something so lately.
+GUEST_TIME_S = 1.0
+
+
 class AllGuests:
     """All disks together."""
 
@@ -34,6 +38,11 @@ class AllGuests:
     def __init__(self) -> None:
         # When something was last done; 0: never.
         self.last_ns = 0
+
+    @property
+    def are_at_work(self) -> bool:
+        """Whether any guest asked for something lately."""
+        return time.monotonic_ns() - self.last_ns <= GUEST_TIME_S * 1e9
 
 
 all_guests = AllGuests()
@@ -57,8 +66,18 @@ class DiskStats:
     def note_write(self, end: int) -> None:
         self.highest_write = max(self.highest_write, end)
 
-    def share_time(self, time_ns: int, reads: int, writes: int) -> None:
-        """Account for the time of a turn that answered so many reads and writes."""
-        self.last_ns = all_guests.last_ns = time.monotonic_ns()
-        self.read.time_ns += time_ns * reads // (reads + writes)
-        self.write.time_ns += time_ns * writes // (reads + writes)
+    def done_at_once(self) -> tuple[int, int, int]:
+        """How many requests are done of the kinds that may be answered at once, for `share_time`."""
+        return self.read.operations, self.write.operations, self.unmap.operations
+
+    def share_time(self, time_ns: int, before: tuple[int, int, int]) -> None:
+        """Account for the time of a turn, before which `done_at_once` was this."""
+        reads, writes, unmaps = before
+        reads = self.read.operations - reads
+        writes = self.write.operations - writes
+        unmaps = self.unmap.operations - unmaps
+        if count := reads + writes + unmaps:
+            self.last_ns = all_guests.last_ns = time.monotonic_ns()
+            self.read.time_ns += time_ns * reads // count
+            self.write.time_ns += time_ns * writes // count
+            self.unmap.time_ns += time_ns * unmaps // count

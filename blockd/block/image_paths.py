@@ -4,91 +4,103 @@ A backing file's name comes from the image, and so perhaps from a stranger: it i
 and only when that leads into the image's own folder or to what the daemon's user has named.
 """
 
-import os
-import unicodedata
+from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
+from pathlib import PurePath
 
 from blockd.errors import RequestError, printable
+from blockd.filenames import has_control_characters, real_path, without_protocol
+from blockd.found_files import Folder, FoundFile
 
 # Doors to whatever this process has open, or to the kernel itself.
-_FORBIDDEN = ("/proc", "/sys", "/dev/fd", "/dev/stdin", "/dev/stdout", "/dev/stderr")
-_PLAIN_PROTOCOL = "file"
-
-
-def protocol_of(filename: str) -> str | None:
-    """The protocol before the first colon, unless that colon is part of a path."""
-    start, colon, _ = filename.partition(":")
-    return start if colon and "/" not in start else None
-
-
-def without_protocol(filename: str) -> str:
-    """Take a file name of QEMU's kind as a path.
-
-    Raises:   RequestError: it names another protocol than ``file:``.
-    """
-    protocol = protocol_of(filename)
-    if protocol is None:
-        return filename
-    if protocol != _PLAIN_PROTOCOL:
-        raise RequestError(f"Unknown protocol '{printable(protocol)}' (a file of that name is './NAME')")
-    return filename.removeprefix(f"{_PLAIN_PROTOCOL}:")
-
-
-def beside(filename: str, recorded: str) -> str:
-    """Where a name that is recorded in an image leads; written as it is recorded."""
-    folder, slash, _ = filename.rpartition("/")
-    return recorded if recorded.startswith("/") else folder + slash + recorded
+_FORBIDDEN = ("/proc", "/sys", "/dev/fd", "/dev/fdset", "/dev/stdin", "/dev/stdout", "/dev/stderr")
 
 
 class ImagePaths:
     """The folders and files that names inside images may lead to, besides the image's own folder.
 
-    Its methods follow symbolic links, so they block on the file system.
+    Its methods block on the file system.
     """
 
-    def __init__(self, folders: Iterable[str] = ()) -> None:
-        self._folders = [_target(Path(folder)) for folder in folders]
-        self._files: set[Path] = set()
+    def __init__(self, folders: Iterable[str] = (), *, on: "ImagePaths | None" = None) -> None:
+        self._folders = [PurePath(real_path(folder)) for folder in folders]
+        # How often each was allowed.
+        self._files: Counter[PurePath] = Counter()
+        self._owners: dict[object, str] = {}
+        # Allows what this one does, and is told nothing of what this one is told.
+        self._on = on
 
-    def allow_file(self, filename: str) -> None:
-        """Let images name this file: the daemon's user did."""
-        self._files.add(_target(Path(filename)))
+    def allow(self, location: str, owner: object = None) -> None:
+        """Let images name the file that is there: the daemon's user did, and it was opened as `owner`."""
+        self._files[PurePath(location)] += 1
+        if owner is not None:
+            self._owners[owner] = location
+
+    def location_of(self, owner: object) -> str | None:
+        """What was allowed with an owner."""
+        return self._owners.get(owner)
+
+    def disallow(self, location: str | None = None, *, owner: object = None) -> None:
+        """Take back what was allowed once, or with an owner if anything was."""
+        found = self._owners.pop(owner, location)
+        if found is None:
+            return
+        path = PurePath(found)
+        self._files[path] -= 1
+        if not self._files[path]:
+            del self._files[path]
+
+    def is_allowed_file(self, location: str) -> bool:
+        """Whether the file that is there was allowed, and not for its folder."""
+        return PurePath(location) in self._files
 
     @property
     def allowed_files(self) -> list[str]:
-        """The files that were allowed so far."""
-        return sorted(map(str, self._files))
+        """The files that are allowed, in the order in which they were."""
+        return [str(path) for path in self._files]
 
-    def copy(self) -> "ImagePaths":
-        """One that allows the same, until it is told more."""
-        copied = ImagePaths()
-        copied._folders, copied._files = list(self._folders), set(self._files)
-        return copied
+    def find(self, name: str, folder: Folder, role: str = "backing file") -> FoundFile:
+        """Find the file that `name` stands for, recorded by the image in `folder` as its `role`.
 
-    def resolve(self, name: str, image: str, role: str = "backing file") -> str:
-        """Find the path that `name`, recorded in the image file `image` as its `role`, stands for.
-
-        Raises:   RequestError: the name is none that an image may have.
+        Raises:   RequestError: the name is none that an image may have, or leads to nothing.
         """
-        if any(unicodedata.category(letter) == "Cc" for letter in name):
+        image = folder.filename
+        if has_control_characters(name):
             raise RequestError(f"'{image}' has control characters in its {role} name '{printable(name)}'")
-        path = Path(image).parent / without_protocol(name)
-        plain, target = Path(os.path.normpath(path.absolute())), _target(path)
-        if any(found.is_relative_to(door) for found in (plain, target) for door in _FORBIDDEN):
-            raise RequestError(f"'{image}' names '{name}' as its {role}, which is no image file")
-        folders = (_target(Path(image).parent), *self._folders)
-        if target not in self._files and not any(target.is_relative_to(folder) for folder in folders):
-            raise RequestError(
-                f"'{image}' names '{name}' as its {role}, which is outside the folder of the image; "
-                f"allow it with --image-paths {target.parent}"
-            )
-        return str(path)
+        path = without_protocol(name)
+        no_image = RequestError(f"'{image}' names '{name}' as its {role}, which is no image file")
+        if _is_forbidden(PurePath(path)):
+            raise no_image
+        found = FoundFile.find_recorded(path, folder)
+        try:
+            location = PurePath(found.location)
+            if _is_forbidden(location):
+                raise no_image
+            if not self._is_allowed(location, PurePath(found.folder_location), PurePath(folder.location)):
+                raise RequestError(
+                    f"'{image}' names '{name}' as its {role}, which is outside the folder of the image; "
+                    f"allow it with --image-paths {location.parent}"
+                )
+        except BaseException:
+            found.close()
+            raise
+        return found
+
+    def _is_allowed(self, location: PurePath, through: PurePath, own: PurePath) -> bool:
+        """Whether a file may be named; `through`: the folder that its own names count from."""
+
+        def is_inside(path: PurePath) -> bool:
+            return path.is_relative_to(own) or any(map(path.is_relative_to, self._all_folders()))
+
+        is_through_own = through == location.parent or is_inside(through)
+        return is_through_own and (self._is_allowed_file(location) or is_inside(location))
+
+    def _all_folders(self) -> list[PurePath]:
+        return self._folders if self._on is None else [*self._folders, *self._on._all_folders()]
+
+    def _is_allowed_file(self, location: PurePath) -> bool:
+        return location in self._files or (self._on is not None and self._on._is_allowed_file(location))
 
 
-def _target(path: Path) -> Path:
-    """Follow all symbolic links."""
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError) as error:
-        raise RequestError(f"Could not open '{path}': Too many levels of symbolic links") from error
+def _is_forbidden(path: PurePath) -> bool:
+    return any(path.is_relative_to(door) for door in _FORBIDDEN)

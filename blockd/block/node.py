@@ -15,21 +15,28 @@ Raises:   StorageError when the disk fails, ImageError when a table of the image
           image is valid and everything acknowledged before is there.
 """
 
+import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
+from blockd.block.permissions import Access, access_to_backing, access_to_file
+from blockd.block.settings import DEFAULTS
 from blockd.errors import ErrorKind, RequestError, StorageError
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range
+
+if TYPE_CHECKING:
+    from array import array
+
+    from blockd.block.segments import SourcePlan
 
 Buffer = bytes | bytearray | memoryview
 
-# Whether all clusters of a range, from one offset to another, are wanted still.
-IsWanted = Callable[[int, int], bool]
+IsWanted = Callable[[int, int], bool]  # whether all clusters from one offset to another are wanted still
 
-# Zeroes written at a time by files that know no other way to take space.
-_ALLOCATE_CHUNK = 1 << 20
+_ZERO_CHUNK = 1 << 20  # written at a time by files that know no other way to take or free space
 
 
 class BlockingSource(ABC):
@@ -38,6 +45,11 @@ class BlockingSource(ABC):
     @abstractmethod
     def readinto_blocking(self, offset: int, buffer: memoryview) -> None:
         """Fill `buffer`; past the end of the source it becomes zeroes."""
+
+    def read_pieces_blocking(self, pieces: "list[tuple[int, memoryview]]") -> None:
+        """Fill many buffers, each from an offset of its own."""
+        for offset, buffer in pieces:
+            self.readinto_blocking(offset, buffer)
 
 
 class Segment(NamedTuple):
@@ -48,23 +60,59 @@ class Segment(NamedTuple):
     offset: int
 
 
+class Labelled(NamedTuple):
+    """What a layer says of a range, one label for each unit of it; what they mean see layers.py."""
+
+    labels: bytes
+    # In bytes; 0: one label for all of the range.
+    unit: int
+    # Where the first unit begins, at or before the range.
+    start: int
+    # Up to where the range is told.
+    end: int
+    # The map entries of the clusters from `start` on, as the format has them; only with places.
+    entries: "array[int] | None"
+
+
+class Pins:
+    """How many plans name a node (pins.py)."""
+
+    __slots__ = ("count", "released")
+
+    def __init__(self) -> None:
+        self.count = 0
+        # There once somebody waits for it.
+        self.released: asyncio.Event | None = None
+
+
 class BlockNode(ABC):
     """One layer: a disk of `size` bytes that can be read, and unless `read_only` written."""
 
     driver: ClassVar[str]
     # The unit in which the node keeps track of what it holds; 1 when it can tell single bytes apart.
     cluster_size: int = 1
+    # What it does depends on how many requests there are: streams copy as QEMU's do, one chunk after another.
+    counts_requests: ClassVar[bool] = False
     backing: "BlockNode | None" = None
+    # What its options say of its requests.
+    settings = DEFAULTS
 
     def __init__(self, node_name: str, filename: str, size: int, *, read_only: bool) -> None:
         self.node_name = node_name
         self.filename = filename
         self.size = size
         self.read_only = read_only
+        self.pins = Pins()
 
     def children(self) -> Mapping[str, "BlockNode"]:
         """The nodes right below, by role: ``file``, ``backing``."""
         return {}
+
+    def access_to(self, role: str, wanted: Access, *, read_only: bool) -> Access:
+        """What this node, `read_only` or not, needs of a child when its users want `wanted` of itself."""
+        if role == "backing":
+            return access_to_backing(wanted)
+        return access_to_file(wanted, is_writable=not read_only)
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -81,7 +129,8 @@ class BlockNode(ABC):
 
         Shape:    segments in order, together exactly the range.
         Needs:    the answer holds until this node or one below it is written; callers that write
-                  at the same time keep what they planned from being freed (see the format).
+                  at the same time keep what they planned from being freed (see the format). What is
+                  planned beside changes of the graph is pinned (pins.py).
         """
         return [Segment(length, self, offset)]
 
@@ -92,6 +141,19 @@ class BlockNode(ABC):
                   kind. They may stop before the end of the range; go on from where they stop.
         """
         return [Extent(offset, length, Kind.DATA)]
+
+    async def labels(
+        self, offset: int, length: int, *, with_places: bool, with_holes: bool
+    ) -> Labelled | None:
+        """Tell what this layer alone holds as labels, many at once; None: it has none, `map` tells.
+
+        `with_places`: also where, for `place`. `with_holes`: what a file's filesystem knows of its holes.
+        """
+        return None
+
+    async def place(self, told: Labelled, ranges: "Sequence[tuple[int, int]]") -> list[Segment]:
+        """Where ranges (offset and length) are stored of which each is one run of what `labels` told."""
+        raise NotImplementedError
 
     def kind_nowait(self, offset: int, length: int) -> Kind | None:
         """The kind of a range in this layer when it is all one kind and known without waiting."""
@@ -115,6 +177,14 @@ class BlockNode(ABC):
         """Whether copies into this node are made in another process now, where their sources are files."""
         return False
 
+    def write_zeroes_nowait(self, offset: int, length: int) -> bool:
+        """Do what `write_zeroes` does, with `unmap`, if that needs no waiting, else nothing."""
+        return False
+
+    def discard_nowait(self, offset: int, length: int) -> bool:
+        """Do what `discard` does if that needs no waiting, else nothing."""
+        return False
+
     @abstractmethod
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool = True) -> None:
         """Make a range read as zeroes; with `unmap` its space may be given back."""
@@ -122,6 +192,10 @@ class BlockNode(ABC):
     @abstractmethod
     async def discard(self, offset: int, length: int) -> None:
         """Give the space of a range back as far as possible; what was given back reads as zeroes."""
+
+    def needs_flush(self) -> bool:
+        """Whether closing has to bring anything to the disk; a guest's flush is of what others wrote, too."""
+        return True
 
     @abstractmethod
     async def flush(self) -> None:
@@ -155,8 +229,7 @@ class BlockNode(ABC):
         """Flush, and let go of the files; idempotent. The nodes below are closed by their owner."""
 
 
-# What a segment is read from.
-Source = BlockNode | BlockingSource
+Source = BlockNode | BlockingSource  # what a segment is read from
 
 
 class ProtocolNode(BlockNode, BlockingSource):
@@ -168,13 +241,16 @@ class ProtocolNode(BlockNode, BlockingSource):
 
     # The first failed sync: the kernel may have dropped the pages, so nothing may be written after it.
     failed: StorageError | None = None
-    # Set by a format whose tables tell what is in use: for speed the file may be longer than that.
-    is_longer_allowed = False
-    # Cleared by who copies to find zeroes: what is cloned is not looked at.
-    may_clone = True
+    is_longer_allowed = False  # set by a format whose tables tell what is in use: so it may be, for speed
+    # Direct writes and guests' are not in the same stretch of so much of the file (protocols/folios.py).
+    folio_length: ClassVar[int] = 1
+    may_clone = True  # cleared by who copies to find zeroes: what is cloned is not looked at
 
-    def announce(self, event: FileEvent) -> None:
-        """Hear what the format above is about to do; for nodes that inject faults. Any thread."""
+    async def disk_usage(self) -> int | None:
+        """How many bytes the file takes on its disk, 0 for a device; None: nobody can tell, or not soon."""
+
+    def announce(self, event: FileEvent, count: int = 1) -> None:
+        """Hear what the format above is about to do, so often; for nodes that inject faults. Any thread."""
 
     def _require_writable(self) -> None:
         """Refuse to write to what is read-only or has failed."""
@@ -188,6 +264,12 @@ class ProtocolNode(BlockNode, BlockingSource):
 
         Raises:   StorageError: what is written would not be found again.
         """
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self.write_zeroes(offset, length)
+
+    async def resize(self, size: int) -> None:
+        await in_thread(self.truncate_blocking, size)
 
     @abstractmethod
     def write_blocking(self, offset: int, data: Buffer) -> None:
@@ -217,12 +299,13 @@ class ProtocolNode(BlockNode, BlockingSource):
         return False
 
     async def copy_apart(
-        self, source: list[Segment], offset: int, length: int, cluster_size: int
+        self, source: list[Segment], offset: int, length: int, cluster_size: int, place_length: int = 0
     ) -> list[int] | None:
         """Copy in another process, which keeps guests waiting less than threads of this one do.
 
         The file grows if needed. Clusters that are all zeroes are not written: their positions, from `offset`
-        on, are told. Where the source ends before `length`, zeroes follow.
+        on, are told. With `place_length` they have no places, the others follow each other, and the copy ends
+        where there is no more place (`packed_end`). Where the source ends before `length`, zeroes follow.
 
         None: it cannot be done, or is not worth while, and the range may hold anything.
 
@@ -230,11 +313,15 @@ class ProtocolNode(BlockNode, BlockingSource):
         """
         return None
 
-    def allocate_blocking(self, offset: int, length: int) -> None:
-        """Take the space of a range that holds nothing yet and reads as zeroes; the file reaches its end."""
+    def allocate_blocking(self, offset: int, length: int) -> bool:
+        """Take the space of a range and let the file reach its end; False: there is no such call."""
+        return False
+
+    def write_zeroes_blocking(self, offset: int, length: int) -> None:
+        """Write zeroes as any other data."""
         end = offset + length
         while offset < end:
-            count = min(_ALLOCATE_CHUNK, end - offset)
+            count = min(_ZERO_CHUNK, end - offset)
             self.write_blocking(offset, bytes(count))
             offset += count
 
@@ -249,6 +336,12 @@ class ProtocolNode(BlockNode, BlockingSource):
     @abstractmethod
     def truncate_blocking(self, size: int) -> None:
         """Set the file's length."""
+
+    def trim_blocking(self, end: int) -> None:
+        """Give back what the file has behind `end`, where that can be.
+
+        Needs:    nothing is being written.
+        """
 
 
 class FilterNode(BlockNode):
@@ -269,6 +362,9 @@ class FilterNode(BlockNode):
     def children(self) -> Mapping[str, "BlockNode"]:
         return {"file": self.child}
 
+    def access_to(self, role: str, wanted: Access, *, read_only: bool) -> Access:
+        return wanted
+
     async def plan_read(self, offset: int, length: int) -> list[Segment]:
         return await self.child.plan_read(offset, length)
 
@@ -282,8 +378,10 @@ class FilterNode(BlockNode):
         await self.child.flush()
 
     async def resize(self, size: int) -> None:
-        await self.child.resize(size)
-        self.stand_before(self.child)
+        try:
+            await self.child.resize(size)
+        finally:
+            self.stand_before(self.child)
 
     async def reopen(self, *, read_only: bool) -> None:
         self.stand_before(self.child)
@@ -306,6 +404,23 @@ class OverlayNode(BlockNode):
     # As recorded in the image: the name is relative to the image's folder or absolute.
     backing_filename: str | None
     backing_format: str | None
+    # Cleared by who fills an image that nobody else uses before it loses its backing: zeroes need no entry
+    # then, and no table, for what no entry is for reads as the backing at first, and as zeroes in the end.
+    records_zeroes = True
+
+    @property
+    def is_backed(self) -> bool:
+        """Whether clusters that are not in the image show a backing file, now or when it is open again.
+
+        Only what the image records can say that there is none: the backing may be detached for a time.
+        """
+        return self.backing is not None or self.backing_filename is not None
+
+    def backed_end(self, size: int) -> int:
+        """Up to where a backing file may show in a disk of `size` bytes: anywhere if it is not open."""
+        if self.backing is not None:
+            return min(size, self.backing.size)
+        return size if self.is_backed else 0
 
     def require_streamable(self) -> None:
         """Refuse a stream into this image if it would change more than where the disk's data is stored.
@@ -317,26 +432,61 @@ class OverlayNode(BlockNode):
     def read_own_nowait(self, offset: int, length: int) -> Buffer | None:
         """Like `read_nowait`, but None as soon as any byte would come from the backing."""
 
+    def announce_backing_read(self) -> None:
+        """Have the file hear that the backing is about to be read; for nodes that inject faults."""
+
+    async def unallocated(self, offset: int, length: int) -> tuple[list[Range], int]:
+        """Tell what of a range this layer has nothing for, and up to where that is known now."""
+        extents = await self.map(offset, length)
+        lacking = [(extent.offset, extent.end) for extent in extents if extent.kind is Kind.UNALLOCATED]
+        return lacking, extents[-1].end
+
+    async def plan_backing_read(self, offset: int, length: int) -> list[Segment]:
+        """Tell where the bytes of a range are stored as far as this layer has nothing to do with it.
+
+        Shape:    as `plan_read`; zeroes where there is no backing, and behind its end.
+        """
+        backing = self.backing
+        if backing is None or offset >= backing.size:
+            return [Segment(length, None, 0)]
+        stored = min(length, backing.size - offset)
+        below = await backing.plan_read(offset, stored)
+        return below if stored == length else [*below, Segment(length - stored, None, 0)]
+
     @abstractmethod
     async def fill(
         self,
-        offset: int,
-        length: int,
-        source: list[Segment],
+        ranges: Sequence[Range],
+        source: "SourcePlan",
         is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
-        """Store the data of `source` in those clusters of the range that hold nothing yet.
+        """Store the data of `source` in those clusters of some ranges that hold nothing yet.
 
         `keep_cached`: it will be read soon, so it should stay in memory.
 
-        Whole clusters of zeroes are stored as zero. Nothing becomes visible before all of it is
-        written, and then `is_wanted` is asked: a cluster that is no longer wanted, or that got content
-        meanwhile, is left as it is.
+        Whole clusters of zeroes are stored as zero, if that `records_zeroes`. Nothing becomes visible before
+        all of it is written, and then `is_wanted` is asked: a cluster that is no longer wanted, or that got
+        content meanwhile, is left as it is.
 
-        Needs:    offset and length are multiples of `cluster_size` (the end may be the disk's end).
-        Fails to: no cluster of the range changed.
+        Needs:    ranges in order; starts and ends are multiples of `cluster_size` (the last end may be the
+                  disk's end). The source covers them; what lies between them does not matter.
+        Fails to: no cluster changed.
+        """
+
+    async def trim(self) -> None:
+        """Give back space that the image has taken and does not use.
+
+        Needs:    no request is in flight, and no copy.
+        Raises:   StorageError: some of it stays taken; the image is as good as before.
+        """
+
+    @abstractmethod
+    async def require_recordable(self, filename: str | None, backing_format: str | None) -> None:
+        """Refuse what `change_backing` could not record.
+
+        Raises:   RequestError: the header has no room for it.
         """
 
     @abstractmethod

@@ -2,13 +2,15 @@
 
 A driver has a table of fields; each field has a check that returns the value as it is to be used or
 raises. The same tables serve QMP, where values have JSON's types, and the command line, where every
-value was written as a string (`is_text`). Nested nodes are checked along with the node around them, so
-that nothing is opened before all of it is known to make sense.
+value was written as a string (`is_text`), and `query-qmp-schema`, which shows them
+(`commands/field_schemas.py`). Nested nodes are checked along with the node around them, so that nothing
+is opened before all of it is known to make sense.
 
 Raises:   RequestError, from everything in here: what is wrong with which option; nothing happened.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from blockd.errors import RequestError
@@ -20,6 +22,7 @@ NESTING_MAX = 64
 ELEMENT_COUNT_MAX = 1024
 
 _INTEGER_MIN, _INTEGER_MAX = -(1 << 63), (1 << 63) - 1
+INT32_MAX = (1 << 31) - 1
 _FLAGS = {
     "on": True,
     "yes": True,
@@ -109,6 +112,20 @@ def _check_fields(
     return checked
 
 
+def flattened(options: Mapping[str, object], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """All single options with their dotted names, as on a command line."""
+    for name, value in options.items():
+        match value:
+            case dict():
+                yield from flattened(value, f"{prefix}{name}.")
+            case list():
+                yield from flattened(
+                    {str(number): element for number, element in enumerate(value)}, f"{prefix}{name}."
+                )
+            case _:
+                yield f"{prefix}{name}", value
+
+
 # -- checks -----------------------------------------------------------------------------------
 
 
@@ -154,44 +171,81 @@ def size(value: object, place: Place) -> int:
             ) from None
     number = integer(value, place)
     if number < 0:
-        raise place.mistyped("uint64")
+        raise RequestError(f"Parameter '{place.path}' expects a non-negative number below 2^64")
     return number
+
+
+def small_size(value: object, place: Place) -> int:
+    """A number of bytes below 2 GiB."""
+    number = size(value, place)
+    if number > INT32_MAX:
+        raise RequestError(f"Parameter '{place.path}' expects int32_t")
+    return number
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of a set of names."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, value: object, place: Place) -> str:
+        chosen = text(value, place)
+        if chosen not in self.names:
+            raise RequestError(f"Parameter '{place.name}' does not accept value '{chosen}'")
+        return chosen
 
 
 def choice(*names: str) -> Check:
     """One of a set of names."""
+    return Choice(names)
 
-    def check(value: object, place: Place) -> str:
-        chosen = text(value, place)
-        if chosen not in names:
-            raise RequestError(f"Parameter '{place.name}' does not accept value '{chosen}'")
-        return chosen
 
-    return check
+@dataclass(frozen=True)
+class Record:
+    """An object with fields of its own."""
+
+    fields: Fields
+
+    def __call__(self, value: object, place: Place) -> Options:
+        if not isinstance(value, dict):
+            raise place.mistyped("object")
+        return _check_fields(value, self.fields, place)
 
 
 def record(fields: Fields) -> Check:
     """An object with fields of its own."""
-
-    def check(value: object, place: Place) -> Options:
-        if not isinstance(value, dict):
-            raise place.mistyped("object")
-        return _check_fields(value, fields, place)
-
-    return check
+    return Record(fields)
 
 
-def array(check_element: Check) -> Check:
+@dataclass(frozen=True)
+class Array:
     """A list of values that are all checked alike."""
 
-    def check(value: object, place: Place) -> list[object]:
+    check_element: Check
+
+    def __call__(self, value: object, place: Place) -> list[object]:
         if not isinstance(value, list):
             raise place.mistyped("array")
         if len(value) > ELEMENT_COUNT_MAX:
             raise RequestError(f"Parameter '{place.path}' has more than {ELEMENT_COUNT_MAX} elements")
-        return [check_element(element, place.element(index)) for index, element in enumerate(value)]
+        return [self.check_element(element, place.element(index)) for index, element in enumerate(value)]
 
-    return check
+
+@dataclass(frozen=True)
+class NameOrRecord:
+    """One of a set of names, or an object with fields of its own."""
+
+    name: Choice
+    record: Record
+
+    def __call__(self, value: object, place: Place) -> str | Options:
+        return self.record(value, place) if isinstance(value, dict) else self.name(value, place)
+
+
+def array(check_element: Check) -> Check:
+    """A list of values that are all checked alike."""
+    return Array(check_element)
 
 
 def node(value: object, place: Place) -> str | Options:
@@ -204,8 +258,8 @@ def node(value: object, place: Place) -> str | Options:
 
 
 def node_or_none(value: object, place: Place) -> str | Options | None:
-    """Like `node`, or null for none at all."""
-    if value is None or value == "":
+    """Like `node`, or null for none at all, for which blockdev-add takes "" too."""
+    if value is None:
         return None
     if not isinstance(value, str | dict):
         raise place.mistyped("BlockdevRefOrNull")

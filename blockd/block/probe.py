@@ -21,10 +21,14 @@ class Signature(NamedTuple):
     probe: Callable[[bytes], bool] | None
 
 
+class UnknownFormat(RequestError):
+    """The format of a file is not known for sure."""
+
+
 def probe_format(filename: str, first_bytes: bytes, signatures: Mapping[str, Signature]) -> str:
     """Name the format that both the file's extension and its first bytes say.
 
-    Raises:   RequestError: they do not agree; the caller's user has to specify the format.
+    Raises:   UnknownFormat: they do not agree; the caller's user has to specify the format.
     """
     claimed = [
         name for name, entry in signatures.items() if entry.probe is not None and entry.probe(first_bytes)
@@ -33,8 +37,13 @@ def probe_format(filename: str, first_bytes: bytes, signatures: Mapping[str, Sig
     for name, entry in signatures.items():
         if entry.extension == extension and claimed == ([name] if entry.probe is not None else []):
             return name
-    content = f"looks like {claimed[0]}" if claimed else "is of no format with a signature"
-    raise RequestError(
-        f"Could not tell the format of '{filename}': its content {content}, and its name does not confirm "
-        f"that; specify the format ({', '.join(signatures)})"
+    named = next((name for name, entry in signatures.items() if entry.extension == extension), None)
+    if claimed:
+        why = f"its content looks like {claimed[0]}, but its name does not end in .{claimed[0]}"
+    elif named is not None:
+        why = f"its name ends in {extension}, but its content is no {named} image"
+    else:
+        why = "neither its name nor its content tells it"
+    raise UnknownFormat(
+        f"Could not tell the format of '{filename}': {why}; specify the format ({', '.join(signatures)})"
     )

@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from blockd.block.accounting import DiskStats
+from blockd.block.lost_writes import LostWrites
 from blockd.block.node import BlockNode, Buffer
-from blockd.errors import StorageError
 
 
 class Root:
@@ -23,12 +23,12 @@ class Root:
         self._top = node
         # Of the disk, whatever serves it.
         self.stats = DiskStats()
+        self.lost_writes = LostWrites()
         self._in_flight = 0
         self._idle = asyncio.Event()
         self._open = asyncio.Event()
         self._open.set()
         self._drain_lock = asyncio.Lock()
-        self._loss: StorageError | None = None
 
     @property
     def top(self) -> BlockNode:
@@ -47,19 +47,6 @@ class Root:
         self._top = node
         if self._open.is_set():
             self.node = node
-
-    def lose(self, reason: StorageError) -> None:
-        """Something that was acknowledged, but not flushed, is lost: the next flush fails."""
-        self._loss = reason
-
-    def report_loss(self) -> None:
-        """Fail, once, if something was lost; for flushes.
-
-        Raises:   StorageError: why it was lost.
-        """
-        loss, self._loss = self._loss, None
-        if loss is not None:
-            raise loss
 
     def request(self) -> "_Request":
         """Hold the top node for one request that may wait: `async with root.request() as node`.

@@ -19,3 +19,8 @@ def zero_clusters(buffer: memoryview, cluster_size: int) -> Iterator[int]:
         position = number * cluster_size
         if not first_word and zero_cluster.startswith(buffer[position : position + cluster_size]):
             yield position
+
+
+def packed_end(length: int, zeroes: list[int], cluster_size: int, place_length: int) -> int:
+    """How much of a copy without its `zeroes` was made: all, or what there was place for."""
+    return min(length, place_length + len(zeroes) * cluster_size)

@@ -6,20 +6,32 @@ import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from enum import IntEnum
-from pathlib import Path
 
 from blockd.cli.display import (
     device_lines,
     ending_line,
     ending_object,
+    image_line,
     print_error,
     print_json,
     print_text,
     progress_bar,
     stream_line,
+    trouble_lines,
 )
-from blockd.cli.following import Ending, Outcome, StreamStatus, follow, streams
-from blockd.cli.qmp_client import CommandFailed, Message, QmpClient
+from blockd.cli.following import (
+    Active,
+    Ending,
+    Outcome,
+    StreamStatus,
+    active_image,
+    completed,
+    follow,
+    is_over,
+    streams,
+)
+from blockd.cli.qmp_client import CommandFailed, Message, NoConnection, QmpClient
+from blockd.filenames import absolute, given_path
 
 DEFAULT_SOCKET = "blockd.qmp"
 
@@ -62,13 +74,46 @@ async def stream(options: argparse.Namespace) -> ExitStatus:
 
 
 async def cancel(options: argparse.Namespace) -> ExitStatus:
-    """Ask a stream to end."""
+    """Ask a stream to end, or with --force give up what an ended one has left staged."""
+    arguments: Message = {"device": options.device}
+    if options.force:
+        arguments["force"] = True
     async with await QmpClient.connect(options.socket) as client:
-        await client.execute("block_stream_cancel", {"device": options.device})
+        await client.execute("block_stream_cancel", arguments)
     if options.json:
         print_json({"device": options.device, "result": "cancelling"})
     else:
         print_text(f"{options.device}: the stream is being cancelled")
+    return ExitStatus.SUCCESS
+
+
+async def pause(options: argparse.Namespace) -> ExitStatus:
+    """Pause a stream."""
+    return await _tell_job(options, "job-pause", {"id": options.device}, "paused")
+
+
+async def resume(options: argparse.Namespace) -> ExitStatus:
+    """Let a stream go on that a client or an error has paused."""
+    return await _tell_job(options, "job-resume", {"id": options.device}, "resumed")
+
+
+async def speed(options: argparse.Namespace) -> ExitStatus:
+    """Set how fast a stream may be."""
+    arguments: Message = {"device": options.device, "speed": options.rate}
+    return await _tell_job(options, "block-job-set-speed", arguments, "speed set")
+
+
+async def _tell_job(options: argparse.Namespace, command: str, arguments: Message, result: str) -> ExitStatus:
+    """Tell the stream of a device something: its job has the device's name."""
+    async with await QmpClient.connect(options.socket) as client:
+        running = await streams(client, options.device)
+        if not running or is_over(running[0]):
+            raise CommandFailed("DeviceNotActive", f"No active stream on device '{options.device}'")
+        await client.execute(command, arguments)
+    if options.json:
+        print_json({"device": options.device, "result": result})
+    else:
+        print_text(f"{options.device}: stream {result}")
     return ExitStatus.SUCCESS
 
 
@@ -100,9 +145,33 @@ async def _follow(client: QmpClient, options: argparse.Namespace, *, is_started:
             f"the stream on {device} goes on; come back with: blockctl{socket} status {device} --watch"
         )
         raise
+    except NoConnection as error:
+        raise NoConnection(
+            f"{error.message}; a stream on {device} goes on at the next start of blockd with --state-dir, "
+            "and otherwise has to be started again"
+        ) from error
     if ending is None:
-        raise CommandFailed("DeviceNotActive", f"No active stream on device '{device}'")
-    return _tell(device, ending, is_json=options.json)
+        return await _tell_none(client, options)
+    active = None
+    if ending.outcome is Outcome.COMPLETED:
+        ending, active = await completed(client, device, ending)
+    return _tell(device, ending, active, is_json=options.json)
+
+
+async def _tell_none(client: QmpClient, options: argparse.Namespace) -> ExitStatus:
+    """Say that no stream runs, and whether one is still needed: it may have ended before we asked."""
+    device = options.device
+    active = await active_image(client, device)
+    left = await streams(client, device)
+    if active is None or active.backing is not None or left:
+        why = f"; {image_line(active)}" if active is not None else ""
+        why = f"; {stream_line(left[0])}" if left else why
+        raise CommandFailed("DeviceNotActive", f"No active stream on device '{device}'{why}")
+    if options.json:
+        print_json({"device": device, "result": "not-running", "image": active.filename})
+    else:
+        print_text(f"{device}: no stream is running; {image_line(active)}")
+    return ExitStatus.SUCCESS
 
 
 def _display(options: argparse.Namespace) -> AbstractContextManager[Callable[[StreamStatus], None]]:
@@ -114,42 +183,74 @@ def _display(options: argparse.Namespace) -> AbstractContextManager[Callable[[St
     return nullcontext(lambda _status: None)
 
 
-def _tell(device: str, ending: Ending, *, is_json: bool) -> ExitStatus:
+def _tell(device: str, ending: Ending, active: Active | None, *, is_json: bool) -> ExitStatus:
     if is_json:
         print_json(ending_object(device, ending))
     elif ending.outcome is Outcome.FAILED:
-        print_error(ending_line(device, ending))
+        print_error(ending_line(device, ending, active))
     else:
-        print_text(ending_line(device, ending))
+        print_text(ending_line(device, ending, active))
     return _EXIT_STATUS[ending.outcome]
 
 
 async def switch(options: argparse.Namespace) -> ExitStatus:
     """Let a disk go on in an overlay of its active image."""
     # The daemon may run in another folder.
-    arguments: Message = {"device": options.device, "filename": str(Path(options.file).absolute())}
+    arguments: Message = {"device": options.device, "filename": absolute(given_path(options.file))}
     if options.format is not None:
         arguments["format"] = options.format
     async with await QmpClient.connect(options.socket) as client:
-        await client.execute("block_switch", arguments)
+        try:
+            await client.execute("block_switch", arguments)
+        except CommandFailed as error:
+            if options.format is None and error.message.endswith("is not a qcow2 image"):
+                hint = "give the format of another one, such as --format add-cow"
+                raise CommandFailed(error.error_class, f"{error.message}; {hint}") from error
+            raise
     if options.json:
         print_json({"device": options.device, "filename": arguments["filename"]})
     else:
-        print_text(f"{options.device}: goes on in {options.file}")
+        print_text(
+            f"{options.device}: goes on in {options.file}; without --state-dir the next start has to name it"
+        )
     return ExitStatus.SUCCESS
 
 
 async def list_all(options: argparse.Namespace) -> ExitStatus:
-    """List disks, streams and exports."""
+    """List disks, streams and exports, and what is missing or lost."""
     async with await QmpClient.connect(options.socket) as client:
         devices = await client.execute("query-block")
         exports = await client.execute("query-block-exports")
         running = await streams(client)
+        left_out = await client.execute("query-left-out")
+        lost = await client.execute("query-lost-writes")
     if options.json:
-        print_json({"devices": devices, "exports": exports, "streams": running})
+        print_json(
+            {
+                "devices": devices,
+                "exports": exports,
+                "streams": running,
+                "left-out": left_out,
+                "lost-writes": lost,
+            }
+        )
         return ExitStatus.SUCCESS
     for line in device_lines(devices, exports, running):
         print_text(line)
+    for line in trouble_lines(left_out, lost):
+        print_text(line)
+    return ExitStatus.SUCCESS
+
+
+async def acknowledge(options: argparse.Namespace) -> ExitStatus:
+    """Let flushes of a disk succeed again that has lost acknowledged writes."""
+    async with await QmpClient.connect(options.socket) as client:
+        names: Message = {"device": options.disk, "node-name": options.disk}
+        await client.execute("acknowledge-lost-writes", names)
+    if options.json:
+        print_json({"disk": options.disk})
+    else:
+        print_text(f"{options.disk}: no flush fails any more because of writes that are lost")
     return ExitStatus.SUCCESS
 
 

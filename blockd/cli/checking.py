@@ -7,6 +7,7 @@ names that nobody defines, or that two define. Images and sockets are not looked
 from collections.abc import Iterator, Mapping
 
 from blockd.config import (
+    BELOW,
     Blockdev,
     Config,
     Export,
@@ -19,10 +20,7 @@ from blockd.config import (
     SocketChardev,
     StdioChardev,
 )
-from blockd.drivers import FORMATS
-
-# Members of a node's options that name the node below it, or are the options of one.
-_BELOW = ("file", "image", "backing")
+from blockd.drivers import FORMATS, unknown_format
 
 
 def problems(config: Config) -> list[str]:
@@ -78,7 +76,7 @@ class _Names:
         yield from self._use("node", name, f"Cannot find device='' nor node-name='{name}'")
 
     def _node(self, options: Mapping[str, object]) -> Iterator[str]:
-        for role in _BELOW:
+        for role in BELOW:
             below = options.get(role)
             if isinstance(below, str):
                 yield from self._use_node(below)
@@ -104,5 +102,5 @@ class _Names:
 
     def _file_device(self, option: FileDevice) -> Iterator[str]:
         if option.format is not None and option.format not in FORMATS:
-            yield f"Unknown driver '{option.format}'"
+            yield unknown_format(option.format)
         yield from self._define("device", option.name, f"Device '{option.name}' already exists")

@@ -14,20 +14,17 @@ stands before what names it (`_ORDER`). What is wrong is told with the file and 
 Raises:   RequestError, from everything in here: "FILE:LINE: what is wrong"; nothing happened.
 """
 
-import difflib
 import json
 import pathlib
 import re
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 from blockd.cli.config_lines import ConfigLines, Path
-from blockd.cli.option_fields import EXPORT, FD, FILE_DEVICE, INET, MONITOR, NBD_SERVER, NODE_DEVICE
+from blockd.cli.suggestions import did_you_mean, instead, members_of, not_yet
 from blockd.config import Given, Option
-from blockd.drivers.table import DRIVERS
 from blockd.errors import RequestError
-from blockd.objects import LIMITS, OBJECT_TYPES
 from blockd.units import MIB
 
 # Thousands of disks need less.
@@ -36,7 +33,7 @@ CONFIG_LENGTH_MAX = 4 * MIB
 # Options that are tables, in the order in which they are done; those with a plain value are among them.
 _ORDER = ("object", "blockdev", "nbd-server", "nbd", "device", "export", "chardev", "monitor", "qmp", "http")
 _TABLES = ("object", "blockdev", "nbd-server", "device", "export", "chardev", "monitor")
-_ONCE = ("pidfile", "state-dir")
+_ONCE = ("pidfile", "state-dir", "state-restore")
 _NUMBERS = ("guest-latency", "nbd-poll")
 _KNOWN = (*_ORDER, *_ONCE, *_NUMBERS, "image-paths", "daemonize")
 
@@ -91,7 +88,7 @@ class _Reader:
     def read(self) -> ConfigFile:
         for name in self._document:
             if name not in _KNOWN:
-                raise self._wrong((name,), f"unknown key '{name}'{_did_you_mean(name, _KNOWN)}")
+                raise self._wrong((name,), f"unknown key '{name}'{did_you_mean(name, _KNOWN)}")
         options = [given for name in _ORDER if name in self._document for given in self._options(name)]
         once = {name: self._text((name,), self._document[name]) for name in _ONCE if name in self._document}
         once |= {name: self._number((name,)) for name in _NUMBERS if name in self._document}
@@ -135,9 +132,24 @@ class _Reader:
         if found is None:
             return self._wrong(path, message)
         steps = [int(step) if step.isdigit() else step for step in _STEP.findall(found[1])]
-        if message.endswith("is unexpected"):
-            message = f"unknown key '{found[1]}' in {name}{_did_you_mean(str(steps[-1]), _members_of(name))}"
+        if message.endswith("is missing") and (unknown := self._unknown(name, (*path, *steps[:-1]))):
+            # Most likely that is what is missing, with a slip in it.
+            steps = [*steps[:-1], unknown]
+            message = f"unknown key '{unknown}' in {name}{instead(unknown, members_of(name))}"
+        elif message.endswith("is unexpected"):
+            meant = not_yet(found[1]) or instead(str(steps[-1]), members_of(name))
+            message = f"unknown key '{found[1]}' in {name}{meant}"
         return self._wrong((*path, *steps), message)
+
+    def _unknown(self, name: str, path: Path) -> str | None:
+        """A key of a table, or of one in it, that none may have."""
+        table: object = self._document
+        for step in path:
+            if isinstance(table, dict | list):
+                table = table[step]  # type: ignore[index]
+        known = {member.partition(".")[0] for member in members_of(name)}
+        keys = table if isinstance(table, dict) else ()
+        return next((key for key in keys if key not in known), None)
 
     # -- values -------------------------------------------------------------------------------
 
@@ -181,23 +193,3 @@ def _syntax_error(filename: str, text: str, message: str) -> RequestError:
     found = re.search(r" \(at (?:line (\d+), column \d+|end of document)\)$", message)
     line = found[1] if found and found[1] else str(len(text.splitlines()) or 1)
     return RequestError(f"{filename}:{line}: {message[: found.start()] if found else message}")
-
-
-def _did_you_mean(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
-
-
-def _members_of(table: str) -> list[str]:
-    """The keys that a table may have, whatever else it says."""
-    if table == "blockdev":
-        return ["driver", *(name for driver in DRIVERS.values() for name in driver.fields)]
-    if table == "object":
-        return ["qom-type", "id", *LIMITS, *(name for fields in OBJECT_TYPES.values() for name in fields)]
-    if table == "chardev":
-        return ["backend", "id", "path", "host", "port", "fd", "server", "wait"]
-    if table == "nbd-server":
-        return [*NBD_SERVER, "type", "path", *INET, *FD]
-    if table == "device":
-        return [*FILE_DEVICE, *NODE_DEVICE]
-    return [*{"export": EXPORT, "monitor": MONITOR}[table]]

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from enum import Enum
 from typing import NamedTuple, TypedDict, cast
 
-from blockd.cli.qmp_client import Message, QmpClient
+from blockd.cli.qmp_client import CommandFailed, Message, NoConnection, QmpClient
 
 POLL_INTERVAL_S = 0.25
 LAST_WORDS_TIMEOUT_S = 5.0
@@ -28,6 +28,8 @@ StreamStatus = TypedDict(
         "copied": int,
         "rate": int,
         "seconds-left": float,
+        "staged": int,
+        "staged-error": str,
     },
     total=False,
 )
@@ -48,12 +50,25 @@ class Ending(NamedTuple):
     offset: int
     length: int
     error: str | None = None
+    copied: int | None = None
+
+
+class Active(NamedTuple):
+    """The active image of a disk, and the backing file that it needs."""
+
+    filename: str
+    backing: str | None
 
 
 async def streams(client: QmpClient, device: str | None = None) -> list[StreamStatus]:
     """Ask for the streams that run, on one device or all."""
     arguments: Message = {} if device is None else {"device": device}
     return cast(list[StreamStatus], await client.execute("block_stream_status", arguments))
+
+
+def is_over(status: StreamStatus) -> bool:
+    """Whether a stream is listed only for what guests wrote and what it has left to be merged."""
+    return status["status"] == "concluded" and status.get("staged", 0) > 0
 
 
 async def follow(
@@ -68,7 +83,7 @@ async def follow(
     """
     ending = None
     while (ending := find_ending(client.take_events(), device, ending)) is None:
-        running = await streams(client, device)
+        running = [status for status in await streams(client, device) if not is_over(status)]
         if running:
             is_started = True
             show(running[0])
@@ -78,6 +93,40 @@ async def follow(
         else:
             return find_ending(client.take_events(), device, None)
     return ending
+
+
+async def completed(client: QmpClient, device: str, ending: Ending) -> tuple[Ending, Active | None]:
+    """Add how much a completed stream copied, and tell what the disk is on; None: not known.
+
+    The event that tells how much follows the one that tells the end, and comes before this reply.
+    """
+    try:
+        active = await active_image(client, device)
+    except (CommandFailed, NoConnection):  # how the stream ended is known all the same
+        active = None
+    return find_ending(client.take_events(), device, ending) or ending, active
+
+
+async def active_image(client: QmpClient, device: str) -> Active | None:
+    """Ask what a disk is on; None: there is no such disk."""
+    disks = await client.execute("query-block")
+    for disk in disks if isinstance(disks, list) else ():
+        assert isinstance(disk, dict)
+        inserted = disk.get("inserted")
+        image = inserted.get("image") if isinstance(inserted, dict) else None
+        if disk.get("device") == device and isinstance(image, dict):
+            return _active(image)
+    return None
+
+
+def _active(image: Message) -> Active:
+    """The active image of a chain, below filters: what they say of a file is what it says itself."""
+    filename, backing = image.get("filename"), image.get("backing-image")
+    while isinstance(backing, dict):
+        if backing.get("filename") != filename:
+            return Active(str(filename), str(backing.get("filename")))
+        backing = backing.get("backing-image")
+    return Active(str(filename), None)
 
 
 async def _last_words(client: QmpClient, device: str) -> Ending:
@@ -103,11 +152,14 @@ def find_ending(events: Iterable[Message], device: str, ending: Ending | None) -
             ending = None  # what came before was an earlier one
         elif name in ("BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED"):
             ending = _ending(name == "BLOCK_JOB_CANCELLED", data)
+        elif name == "BLOCK_STREAM_COMPLETED" and ending is not None:
+            copied = data.get("copied")
+            ending = ending._replace(copied=copied if isinstance(copied, int) else None)
     return ending
 
 
 def _ending(is_cancelled: bool, data: Message) -> Ending:
-    offset, length, error = data.get("offset"), data.get("len"), data.get("error")
+    offset, length, error = data.get("offset"), data.get("len"), data.get("x-detail", data.get("error"))
     assert isinstance(offset, int) and isinstance(length, int)
     if is_cancelled:
         return Ending(Outcome.CANCELLED, offset, length)

@@ -7,7 +7,7 @@ Serve disk images to guests over NBD, and stream or copy them while they are in 
 
   blockd --device vda=disk.qcow2
 
-serves disk.qcow2 with its whole backing chain. It listens for QMP on ./blockd.qmp and for NBD on
+serves disk.qcow2 with its backing chain of up to 64 images. It listens for QMP on ./blockd.qmp and for NBD on
 ./blockd.nbd, and says how to connect. Then, from another terminal:
 
   blockctl stream vda --wait                 make disk.qcow2 independent of its backing files
@@ -15,24 +15,28 @@ serves disk.qcow2 with its whole backing chain. It listens for QMP on ./blockd.q
   qemu-io -f raw -c 'read 0 4k' 'nbd+unix:///vda?socket=blockd.nbd'
 
 For people:
-  --device NAME=FILE[,format=qcow2|raw]      a disk on an image file, exported under its name; the format
-                                             is needed unless the file's name ends in .qcow2 or .raw and
-                                             its content agrees. blkstream:FILE copies on read.
+  --device NAME=FILE[,format=FORMAT]         a disk on an image file, exported under its name; FORMAT (qcow2,
+                                             qed, add-cow or raw) is needed unless the file's name ends in it,
+                                             such as .qcow2, and its content agrees. blkstream:FILE copies
+                                             on read.
   --device id=NAME,node-name=NODE            a disk on a node that --blockdev defined
   --qmp PATH                                 listen for QMP on this unix socket
   --nbd PATH | HOST:PORT                     listen for NBD here
   --image-paths FOLDER                       let images name backing files in this folder; without it only
                                              in their own (may be given several times)
-  --http PATH | HOST:PORT                    show status and metrics here, to look at only; HOST is loopback
+  --http PATH | HOST:PORT                    serve status and metrics here, read-only; HOST is loopback
   --config FILE.toml                         options from a file: its keys are the names of the options, its
                                              tables their values; FOLDERs and files as on the command line
-  --check-config                             say what is wrong with all this, open nothing, and end
+  --check-config                             validate the options and the configuration file, then exit;
+                                             opens no images
   --guest-latency MICROSECONDS               streams hold back while guests wait longer for a disk than this
                                              on the average: 5000 without it, 0 for never
   --nbd-poll MICROSECONDS                    stay awake for so long for a guest's next request while that
                                              makes answers faster: 200 without it, 0 for never (less CPU)
   --state-dir DIR                            remember disks, exports and jobs in this folder, and go on with
                                              them after a crash or a stop; see below
+  --state-restore partial|strict             what to do if a part of that cannot be brought back: serve the
+                                             rest (partial, the default), or do not start (strict)
 
 As with qemu-storage-daemon, in the order given; VALUE is key=val,key.sub=val (a comma in a value is
 written twice) or a JSON object:
@@ -51,6 +55,7 @@ written twice) or a JSON object:
   --nbd-server addr.type=inet,addr.host=H,addr.port=N
   --nbd-server addr.type=fd,addr.str=N
   --export   [type=]nbd,id=I,node-name=N[,name=X][,description=T][,writable=on|off]
+                   [,writethrough=on|off]
   --object   throttle-group,id=I[,limits.iops-total=N][,limits.bps-write=N]...
   --object   secret|tls-creds-x509|iothread,id=I,...
   --pidfile  PATH                            written when everything is ready, removed at the end
@@ -63,7 +68,10 @@ With --state-dir, DIR/journal.json says what is served and which jobs there are;
 command is answered. Started again with DIR, blockd opens the images that are active by then, and jobs go on
 under their ids, paused if they were; SIGTERM and `quit` leave jobs for the next start. Where the command line
 and the journal differ the journal wins, with a warning; what the journal has never had is added. If
---state-dir is all there is, blockd listens for QMP where it did before.
+--state-dir is all there is, blockd listens for QMP where it did before. A disk, export or job that cannot be
+brought back is left out with an error in the log, and listed by `query-left-out`; it stays in the journal,
+and the next start tries again. `blockdev-del`, `block-export-del` and `job-dismiss` give it up. A new option
+that names a node which is left out is left out too, with an error in the log.
 
 Examples:
   blockd --device vda=disk.qcow2 --qmp /run/vm1.qmp --nbd /run/vm1.nbd
@@ -75,4 +83,6 @@ Under systemd: sockets of a .socket unit are used for what FileDescriptorName= s
 if there is one and it says nothing); Type=notify works.
 
 Exit status: 0 after quit, SIGTERM, SIGINT or SIGHUP; 1 when something is wrong, which is told on stderr.
+At a stop that is an image that cannot be flushed or closed, acknowledged writes that are lost, or a journal
+that cannot be written. Writes that --state-dir keeps for the next start are not lost.
 """

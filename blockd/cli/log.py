@@ -17,3 +17,5 @@ def start_log() -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(_LineFormatter("blockd: %(levelname)s: %(name)s: %(message)s"))
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
+    # A line that cannot be written, on a full disk say, is no reason for a traceback.
+    logging.raiseExceptions = False

@@ -59,11 +59,23 @@ def _uint32(value: object, place: Place) -> int:
     return number
 
 
+def _file_name(value: object, place: Place) -> str:
+    name = text(value, place)
+    require_name(name)
+    return name
+
+
+def require_name(name: str) -> None:
+    """Refuse an empty name of a file, which the kernel takes for one that it makes up."""
+    if not name:
+        raise RequestError("expected the name of a file, and it is empty")
+
+
 _REQUIRED_TEXT = Field(text, is_required=True)
 INET: Fields = {"host": _REQUIRED_TEXT, "port": Field(_port, is_required=True)}
 FD: Fields = {"str": Field(_descriptor, is_required=True)}
-_ADDRESS_TYPES: Mapping[str, tuple[Callable[..., Address], Fields]] = {
-    "unix": (UnixAddress, {"path": _REQUIRED_TEXT}),
+ADDRESS_TYPES: Mapping[str, tuple[Callable[..., Address], Fields]] = {
+    "unix": (UnixAddress, {"path": Field(_file_name, is_required=True)}),
     "inet": (InetAddress, INET),
     "fd": (FdAddress, FD),
 }
@@ -76,7 +88,7 @@ def address(value: object, place: Place) -> Address:
     at = place.member("type")
     if "type" not in value:
         raise RequestError(f"Parameter '{at.path}' is missing")
-    make, fields = _ADDRESS_TYPES[str(choice(*_ADDRESS_TYPES)(value["type"], at))]
+    make, fields = ADDRESS_TYPES[str(choice(*ADDRESS_TYPES)(value["type"], at))]
     checked = record({"type": Field(text), **fields})(value, place)
     assert isinstance(checked, dict)
     return make(*(checked[name] for name in fields))
@@ -95,6 +107,7 @@ EXPORT: Fields = {
     "name": Field(text),
     "description": Field(text),
     "writable": Field(flag),
+    "writethrough": Field(flag),
     "iothread": Field(text),
     "fixed-iothread": Field(flag),
 }

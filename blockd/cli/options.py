@@ -23,6 +23,7 @@ from blockd.cli.option_fields import (
     is_decimal,
     made,
     port_number,
+    require_name,
 )
 from blockd.config import (
     Blockdev,
@@ -52,9 +53,16 @@ DEFAULT_NBD_PATH = "blockd.nbd"
 # longer has given up, and who stays awake for longer never sleeps.
 _MICROSECONDS = {"--guest-latency": 60_000_000, "--nbd-poll": 1_000}
 
+# What --state-restore can be, and whether it is strict.
+_STATE_RESTORE = {"partial": False, "strict": True}
+
 _IDENTIFIER = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 # Options of a socket chardev that only say how QEMU goes about it.
 _WITHOUT_EFFECT = ("wait", "delay", "nodelay", "mux")
+
+
+# How an empty value is shown.
+EMPTY = "''"
 
 
 class Action(Enum):
@@ -90,12 +98,15 @@ def parse_command_line(arguments: Sequence[str], inherited: Sequence[Given] = ()
             return CommandLine(_ACTIONS[name])
         gathered.take(name, value)
     options, once, image_paths = gathered
+    if "--state-restore" in once and "--state-dir" not in once:
+        raise RequestError("--state-restore: nothing to restore without --state-dir DIR")
     all_options = tuple(options) if inherited else _with_defaults(options)
     config = Config(
         all_options,
         once.get("--pidfile"),
         tuple(image_paths),
         once.get("--state-dir"),
+        is_restore_strict=_STATE_RESTORE[once.get("--state-restore", "partial")],
         guest_latency_us=_microseconds(once, "--guest-latency"),
         nbd_poll_us=_microseconds(once, "--nbd-poll"),
     )
@@ -119,21 +130,25 @@ class _Gathered(NamedTuple):
         if name in _ONCE:
             self._take_once(name, value)
         elif name == "--image-paths":
-            self.image_paths.append(value)
+            self.image_paths.append(_named(name, value))
         elif name == "--config":
-            self._take_file(value)
+            self._take_file(_named(name, value))
         else:
-            text = f"{name} {value}"
+            text = f"{name} {value or EMPTY}"
             self.options.append(Given(text, _handle(name, value, text)))
 
     def _take_once(self, name: str, value: str, place: str = "") -> None:
         if name in self.once:
             raise RequestError(f"{place and place + ': '}{name} option can only be given once")
+        if name in _OF_FILES:
+            _named(f"{place and place + ': '}{name}", value)
         limit_us = _MICROSECONDS.get(name)
         if limit_us is not None and not (is_decimal(value) and int(value) <= limit_us):
             raise RequestError(
                 f"{place and place + ': '}{name} {value}: expected microseconds, 0 to {limit_us}"
             )
+        if name == "--state-restore" and value not in _STATE_RESTORE:
+            raise RequestError(f"{place and place + ': '}{name} {value}: expected partial or strict")
         self.once[name] = value
 
     def _take_file(self, filename: str) -> None:
@@ -143,8 +158,17 @@ class _Gathered(NamedTuple):
         said = read_config(filename, lambda name, value: _HANDLERS[name](value))
         for name, value in said.once.items():
             self._take_once(name, value, said.places[name])
-        self.image_paths.extend(said.image_paths)
+        self.image_paths.extend(_named(f"{filename}: image-paths", path) for path in said.image_paths)
         self.options.extend(said.options)
+
+
+def _named(option: str, value: str) -> str:
+    """The name of a file, as an option's value."""
+    try:
+        require_name(value)
+    except RequestError as error:
+        raise RequestError(f"{option} {EMPTY}: {error.message}") from error
+    return value
 
 
 def _is_utf8(text: str) -> bool:
@@ -165,7 +189,11 @@ def _next_option(remaining: list[str]) -> tuple[str, str]:
     if name in _WITHOUT_VALUE:
         return name, ""
     if name not in _HANDLERS and name not in _WITH_VALUE:
-        raise RequestError(f"unrecognized option '{name}'; see --help")
+        from blockd.cli.suggestions import did_you_mean  # noqa: PLC0415
+
+        known = [known[2:] for known in (*_HANDLERS, *_WITH_VALUE, *_WITHOUT_VALUE)]
+        meant = did_you_mean(name.lstrip("-"), known, "--")
+        raise RequestError(f"unrecognized option '{name}'{meant or '; see --help'}")
     if equals:
         return name, value
     if not remaining:
@@ -177,7 +205,9 @@ def _handle(name: str, value: str, argument: str) -> Option:
     try:
         return _HANDLERS[name](value)
     except RequestError as error:
-        raise RequestError(f"{argument}: {error.message}") from error
+        from blockd.cli.suggestions import explained  # noqa: PLC0415  (only where something is wrong)
+
+        raise RequestError(f"{argument}: {explained(name, value, error.message)}") from error
 
 
 def _with_defaults(options: list[Given]) -> tuple[Given, ...]:
@@ -277,6 +307,13 @@ def _device_of(members: Members) -> FileDevice | NodeDevice:
 
 
 def _qmp(value: str) -> QmpSocket:
+    require_name(value)
+    host, colon, port = value.rpartition(":")
+    if colon and "/" not in host and port.isdecimal():
+        raise RequestError(
+            f"expected the path of a unix socket; for TCP, --chardev socket,id=I,host={host},port={port},"
+            f"server=on --monitor I (a socket file of that name is ./{value})"
+        )
     return QmpSocket(path=value)
 
 
@@ -290,7 +327,14 @@ def _http(value: str) -> HttpServer:
 
 def _address(value: str) -> UnixAddress | InetAddress:
     host, colon, port = value.rpartition(":")
+    if "://" in value:
+        raise RequestError("expected PATH or HOST:PORT, and this is a URL")
+    if not host and (port if colon else value).isdecimal():
+        raise RequestError(
+            f"expected PATH or HOST:PORT, such as 127.0.0.1:{port} (a socket file of that name is ./{value})"
+        )
     if not colon or "/" in value:
+        require_name(value)
         return UnixAddress(path=value)
     return InetAddress(host.strip("[]"), port_number(port))
 
@@ -303,9 +347,10 @@ def _check_identifier(name: str) -> None:
 
 
 _ACTIONS = {"--help": Action.HELP, "-h": Action.HELP, "--version": Action.VERSION, "-V": Action.VERSION}
-_ONCE = ("--pidfile", "--daemonize", "--state-dir", *_MICROSECONDS, "--check-config")
+_ONCE = ("--pidfile", "--daemonize", "--state-dir", "--state-restore", *_MICROSECONDS, "--check-config")
+_OF_FILES = ("--pidfile", "--state-dir")
 _WITHOUT_VALUE = (*_ACTIONS, "--daemonize", "--check-config")
-_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", *_MICROSECONDS, "--config")
+_WITH_VALUE = ("--pidfile", "--image-paths", "--state-dir", "--state-restore", *_MICROSECONDS, "--config")
 
 _HANDLERS: dict[str, Callable[[str], Option]] = {
     "--blockdev": _blockdev,

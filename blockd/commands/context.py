@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from blockd.devices.device import Devices
 from blockd.devices.exports import Exports
+from blockd.devices.left_out import LeftOut
 from blockd.devices.streams import Streams
 from blockd.drivers import NodeGraph
 from blockd.jobs.manager import JobManager
@@ -24,3 +25,4 @@ class Services(NamedTuple):
     # Makes the daemon end once the reply is out.
     stop: Callable[[], None]
     objects: Objects
+    left_out: LeftOut

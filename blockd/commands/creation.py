@@ -1,17 +1,24 @@
 """blockdev-create: making files, and images in files."""
 
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from blockd.aio import uninterrupted
 from blockd.block.node import BlockNode, ProtocolNode
 from blockd.block.options import Options
+from blockd.block.permissions import RESIZE, WRITE, Permission
 from blockd.commands.context import Services
+from blockd.commands.field_schemas import node_schema
 from blockd.commands.topic import Table
 from blockd.drivers import check_blockdev
 from blockd.drivers.add_cow import create_add_cow
+from blockd.drivers.permissions import Claim
 from blockd.errors import ErrorKind, RequestError
+from blockd.filenames import check_filename, recordable
 from blockd.formats.add_cow.create import CLUSTER_SIZE_DEFAULT as ADD_COW_CLUSTER_SIZE_DEFAULT
 from blockd.formats.qcow2.create import create_image
 from blockd.formats.qcow2.create_options import CLUSTER_SIZE_DEFAULT, CreateOptions
@@ -24,6 +31,8 @@ from blockd.protocols.new_file import new_file
 from blockd.qmp.models import Arguments, Members, NonNegative
 
 TABLE: Table = Table()
+
+_USER = "blockdev-create"
 
 BackingFormat = Literal["add-cow", "qcow2", "qed", "raw"]
 Preallocation = Literal["off", "metadata", "falloc", "full"]
@@ -40,14 +49,14 @@ class FileOptions(Members):
     """Accepted, without effect."""
 
     async def make(self, services: Services) -> None:
-        async with new_file(self.filename) as file:
+        async with new_file(check_filename(self.filename)) as file:
             await set_size(file, self.size, preallocation=self.preallocation)
 
 
 class NodeOptions(Members):
     """A node to open; which members there are depends on the driver."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=node_schema)
 
     driver: str
 
@@ -70,20 +79,15 @@ class Qcow2Options(Members):
     extended_l2: bool = False
 
     async def make(self, services: Services) -> None:
-        user = "blockdev-create"
-        file = await _held_file(services, self.file, user)
-        try:
+        async with _held_file(services, self.file) as file:
             await create_image(file, self._as_options())
-        finally:
-            services.graph.remove_user(file, user)
-            await services.graph.close_unused()
 
     def _as_options(self) -> CreateOptions:
         if self.backing_fmt is not None and not self.backing_file:
             raise RequestError("Backing format cannot be used without backing file")
         return CreateOptions(
             size=self.size,
-            backing_filename=self.backing_file or None,
+            backing_filename=_recorded(self.backing_file),
             backing_format=self.backing_fmt if self.backing_file else None,
             cluster_size=self.cluster_size,
             compat=self.version,
@@ -111,20 +115,15 @@ class QedOptions(Members):
     async def make(self, services: Services) -> None:
         if self.backing_fmt is not None and not self.backing_file:
             raise RequestError("Backing format cannot be used without backing file")
-        user = "blockdev-create"
-        file = await _held_file(services, self.file, user)
-        try:
+        async with _held_file(services, self.file) as file:
             await create_qed(
                 file,
                 self.size,
-                backing_filename=self.backing_file or None,
+                backing_filename=_recorded(self.backing_file),
                 backing_format=self.backing_fmt,
                 cluster_size=self.cluster_size,
                 table_size=self.table_size,
             )
-        finally:
-            services.graph.remove_user(file, user)
-            await services.graph.close_unused()
 
 
 class AddCowOptions(Members):
@@ -146,26 +145,23 @@ class AddCowOptions(Members):
     async def make(self, services: Services) -> None:
         if self.backing_fmt is not None and not self.backing_file:
             raise RequestError("Backing format cannot be used without backing file")
-        user = "blockdev-create"
-        file = await _held_file(services, self.file, user)
-        try:
+        async with _held_file(services, self.file) as file:
             await create_add_cow(
                 file,
                 self.size,
                 image_file=self.image_file,
-                backing_filename=self.backing_file or None,
+                backing_filename=_recorded(self.backing_file),
                 backing_format=self.backing_fmt,
                 cluster_size=self.cluster_size,
             )
-        finally:
-            services.graph.remove_user(file, user)
-            await services.graph.close_unused()
 
 
 class OtherOptions(Members):
     """Drivers whose nodes are made of other nodes, or are what a file is anyway."""
 
-    driver: Literal["raw", "throttle", "copy-on-read", "blkstream", "blkdebug", "faults"]
+    driver: Literal[
+        "raw", "throttle", "copy-on-read", "blkstream", "blkdebug", "faults", "null-co", "null-aio"
+    ]
 
 
 class BlockdevCreateArguments(Arguments):
@@ -177,6 +173,10 @@ class BlockdevCreateArguments(Arguments):
     ]
 
 
+def _recorded(filename: str | None) -> str | None:
+    return recordable(filename) if filename else None
+
+
 @TABLE.command("blockdev-create")
 async def blockdev_create(services: Services, arguments: BlockdevCreateArguments) -> None:
     """Make a file, or an image in a file, as a job that is kept until job-dismiss."""
@@ -186,36 +186,45 @@ async def blockdev_create(services: Services, arguments: BlockdevCreateArguments
     services.jobs.start(CreateJob(arguments.job_id, partial(options.make, services)))
 
 
-async def _held_file(services: Services, told: str | NodeOptions, user: str) -> ProtocolNode:
-    """The file that is to hold an image, which nobody else uses."""
+@asynccontextmanager
+async def _held_file(services: Services, told: str | NodeOptions) -> AsyncIterator[ProtocolNode]:
+    """The file that is to hold an image, which nobody else uses meanwhile."""
+    graph = services.graph
+    async with AsyncExitStack() as stack:
+        async with services.devices.change(), AsyncExitStack() as undo:
+            if isinstance(told, str):
+                node: BlockNode = services.devices.find_node(told)
+            else:
+                options: Options = told.model_dump(by_alias=True, exclude_unset=True)
+                node = await graph.open_unnamed(check_blockdev(options, is_text=False))
+            others = graph.users(node)
+            graph.add_user(node, _USER)
+            undo.push_async_callback(graph.close_unused)
+            undo.callback(graph.remove_user, node, _USER)
+            file = _checked_file(node, others)
+            planned = graph.permissions.require(Claim(node, WRITE | RESIZE))
+            await graph.nodes.locks.take(planned)
+            alone = Claim(node, WRITE | RESIZE, Permission.NONE, _USER)
+            graph.permissions.claim(alone)
+            undo.callback(graph.permissions.release, alone)
+            stack.push_async_callback(_let_go, services, undo.pop_all())
+        yield file
+
+
+@uninterrupted
+async def _let_go(services: Services, held: AsyncExitStack) -> None:
+    """Undo what has held a file, when no other change is half done: nodes are closed that nobody needs."""
     async with services.devices.changing:
-        if isinstance(told, str):
-            node: BlockNode = services.devices.find_node(told)
-        else:
-            options: Options = told.model_dump(by_alias=True, exclude_unset=True)
-            node = await services.graph.open_unnamed(check_blockdev(options, is_text=False))
-        others = services.graph.users(node)
-        services.graph.add_user(node, user)
-        try:
-            return _checked_file(services, node, others)
-        except RequestError:
-            services.graph.remove_user(node, user)
-            await services.graph.close_unused()
-            raise
+        await held.aclose()
+        await services.devices.adjust_locks()
 
 
-def _checked_file(services: Services, node: BlockNode, users: list[str]) -> ProtocolNode:
+def _checked_file(node: BlockNode, users: list[str]) -> ProtocolNode:
     name = node.node_name
     if not isinstance(node, ProtocolNode):
         raise RequestError(f"An image is made in a file, and '{name}' is of driver '{node.driver}'")
     if node.read_only:
         raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
-    for parent, role in services.graph.parents(node):
-        raise RequestError(
-            f"Permission conflict on node '{name}': permissions 'write, resize' are both required by an "
-            f"unnamed block device (uses node '{name}' as 'root' child) and unshared by node "
-            f"'{parent.node_name}' (uses node '{name}' as '{role}' child)."
-        )
     if users:
         raise RequestError(f"Node '{name}' is busy: it is in use by {users[0]}")
     return node

@@ -2,8 +2,9 @@
 
 from typing import ClassVar
 
+from blockd.errors import Operation
 from blockd.jobs.job import Action
-from blockd.jobs.states import JobStatus
+from blockd.jobs.states import JobStatus, JobType
 from blockd.qmp.models import Event
 
 
@@ -23,7 +24,7 @@ class BlockJobEnd(Event):
     len: int
     offset: int
     speed: int
-    type: str
+    type: JobType
 
 
 class BlockJobCompleted(BlockJobEnd):
@@ -31,7 +32,9 @@ class BlockJobCompleted(BlockJobEnd):
 
     name: ClassVar[str] = "BLOCK_JOB_COMPLETED"
     error: str | None = None
-    """What went wrong, for people; absent on success."""
+    """What went wrong, in the system's words; absent on success."""
+    x_detail: str | None = None
+    """What else is known of the error: which image, what was done to it."""
     image: str | None = None
     """The plain image that holds everything now; its add-cow file is not needed any more."""
 
@@ -48,7 +51,7 @@ class BlockJobError(Event):
     name: ClassVar[str] = "BLOCK_JOB_ERROR"
     device: str
     """The job's id."""
-    operation: str
+    operation: Operation
     action: Action
 
 
@@ -56,7 +59,7 @@ class BlockJobPending(Event):
     """A job has done its work and waits for job-finalize."""
 
     name: ClassVar[str] = "BLOCK_JOB_PENDING"
-    type: str
+    type: JobType
     id: str
 
 
@@ -68,9 +71,13 @@ class BlockStreamCompleted(Event):
     len: int
     offset: int
     error: str | None = None
-    """What went wrong, for people; absent on success."""
+    """What went wrong, in the system's words; absent on success."""
+    x_detail: str | None = None
+    """What else is known of the error: which image, what was done to it."""
     image: str | None = None
     """The plain image that holds everything now; its add-cow file is not needed any more."""
+    copied: int | None = None
+    """Bytes copied, zeroes left out; absent if the stream had done its work when an earlier run ended."""
 
 
 class BlockSwitched(Event):
@@ -81,6 +88,19 @@ class BlockSwitched(Event):
     filename: str
     backing: str
     """The image that was active before."""
+
+
+class BlockWritesLost(Event):
+    """Writes that were acknowledged to guests are lost; the next flush of each of them fails."""
+
+    name: ClassVar[str] = "BLOCK_WRITES_LOST"
+    device: str
+    """Empty for a disk that has no name but that of its node."""
+    node_name: str
+    len: int | None = None
+    """Bytes; absent if that is not known."""
+    error: str
+    """Why, for people."""
 
 
 class BlockExportDeleted(Event):
@@ -99,5 +119,6 @@ EVENTS: tuple[type[Event], ...] = (
     BlockJobPending,
     BlockStreamCompleted,
     BlockSwitched,
+    BlockWritesLost,
     BlockExportDeleted,
 )

@@ -5,7 +5,9 @@ from typing import Annotated, Literal, NoReturn
 from pydantic import Field
 
 from blockd.commands.context import Services
+from blockd.commands.left_out import give_up
 from blockd.commands.topic import Table
+from blockd.devices.left_out import Kind
 from blockd.errors import RequestError
 from blockd.exports.nbd.server import CONNECTION_COUNT_MAX, NbdServer
 from blockd.qmp.models import Arguments, Members, Result, UInt32
@@ -44,7 +46,7 @@ class UnixListener(Members):
     data: UnixAddress
 
     async def open(self, server: NbdServer) -> None:
-        server.listen_unix(self.data.path)
+        await server.listen_unix(self.data.path)
 
 
 class InetListener(Members):
@@ -90,12 +92,7 @@ async def nbd_server_start(services: Services, arguments: NbdServerStartArgument
     """Start the NBD server."""
     if arguments.tls_creds is not None:
         _refuse_tls(services, arguments.tls_creds)
-    server = services.exports.start_server(arguments.max_connections)
-    try:
-        await arguments.addr.open(server)
-    except RequestError:
-        await services.exports.stop_server()
-        raise
+    await services.exports.start_server(arguments.addr.open, arguments.max_connections)
 
 
 def _refuse_tls(services: Services, object_id: str) -> NoReturn:
@@ -127,11 +124,19 @@ class BlockExportAddArguments(Arguments):
     """What clients call it; the node's name without it."""
     description: str = ""
     writable: bool = False
+    writethrough: bool = False
+    """Whether what is written is on the disk before it is acknowledged."""
+    iothread: str | None = None
+    """An object of this type, without effect: there are no threads to choose from."""
+    fixed_iothread: bool = False
+    """Accepted, without effect."""
 
 
 @TABLE.command("block-export-add")
 async def block_export_add(services: Services, arguments: BlockExportAddArguments) -> None:
     """Offer a node to NBD clients."""
+    if arguments.iothread is not None:
+        _require_iothread(services, arguments.iothread)
     if arguments.node_name not in services.graph.nodes:
         raise RequestError(f"Cannot find device='' nor node-name='{arguments.node_name}'")
     await services.exports.add(
@@ -140,7 +145,14 @@ async def block_export_add(services: Services, arguments: BlockExportAddArgument
         name=arguments.node_name if arguments.name is None else arguments.name,
         description=arguments.description,
         writable=arguments.writable,
+        writethrough=arguments.writethrough,
     )
+
+
+def _require_iothread(services: Services, object_id: str) -> None:
+    found = services.objects.get(object_id)
+    if found is None or found.type != "iothread":
+        raise RequestError(f'iothread "{object_id}" not found')
 
 
 class BlockExportDelArguments(Arguments):
@@ -154,6 +166,8 @@ class BlockExportDelArguments(Arguments):
 @TABLE.command("block-export-del")
 async def block_export_del(services: Services, arguments: BlockExportDelArguments) -> None:
     """Withdraw an export."""
+    if give_up(services, Kind.EXPORT, arguments.id):
+        return
     await services.exports.remove(arguments.id, force=arguments.mode == "hard")
 
 
@@ -161,7 +175,7 @@ class BlockExportInfo(Result):
     """An export."""
 
     id: str
-    type: str = "nbd"
+    type: Literal["nbd"] = "nbd"
     node_name: str
     shutting_down: bool = False
 
@@ -170,7 +184,7 @@ class BlockExportInfo(Result):
 async def query_block_exports(services: Services) -> list[BlockExportInfo]:
     """List the exports, the newest first."""
     return [
-        BlockExportInfo(id=offer.export.export_id, node_name=offer.device.root.top.node_name)
+        BlockExportInfo(id=offer.export.export_id, node_name=offer.device.node.node_name)
         for offer in services.exports
     ]
 

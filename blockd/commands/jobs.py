@@ -6,15 +6,18 @@
 from pydantic import Field
 
 from blockd.aio import in_thread
-from blockd.block.chain import chain
-from blockd.block.node import BlockNode
+from blockd.block.chain import chain_with_filters
+from blockd.block.node import BlockNode, FilterNode
 from blockd.commands.context import Services
+from blockd.commands.left_out import give_up
 from blockd.commands.topic import Table
 from blockd.devices.backing_names import find_base
-from blockd.devices.streams import JobOptions, StreamRequest
+from blockd.devices.left_out import Kind
+from blockd.devices.stream_request import JobOptions, StreamRequest
 from blockd.errors import ErrorKind, RequestError
+from blockd.filenames import recordable
 from blockd.jobs.job import IoStatus, Job, OnError
-from blockd.jobs.states import JobStatus
+from blockd.jobs.states import JobStatus, JobType
 from blockd.qmp.models import Arguments, Int64, NonNegative, Result
 
 TABLE: Table = Table()
@@ -37,7 +40,7 @@ class BlockStreamJobArguments(Arguments):
     bottom: str | None = None
     """The lowest node that is copied from."""
     backing_file: str | None = None
-    """What to record as the backing file at the end."""
+    """What to record as the backing file at the end; empty: none."""
     backing_mask_protocol: bool = False
     """Accepted: the recorded format is never that of a protocol."""
     speed: NonNegative = 0
@@ -63,14 +66,16 @@ async def stream_request(services: Services, arguments: BlockStreamJobArguments)
     _require_one_end(arguments)
     top = services.devices.find_node(arguments.device)
     base = await _base(services, top, arguments)
-    if base is None and arguments.backing_file is not None:
+    services.streams.require_free_path(top, base)
+    # With `bottom` QEMU does not look whether there is something below it.
+    if (base is None or arguments.bottom is not None) and arguments.backing_file is not None:
         raise RequestError("backing file specified, but streaming the entire chain")
-    names = [device.name for device in services.devices if device.node is top]
+    names = [device.name for device in services.devices.at(top) if device.name]
     return StreamRequest(
         top,
         arguments.job_id if arguments.job_id is not None else "".join(names),
         base=base,
-        backing_file=arguments.backing_file,
+        backing_file=recordable(arguments.backing_file) if arguments.backing_file else arguments.backing_file,
         filter_node_name=arguments.filter_node_name,
         options=JobOptions(
             arguments.speed, arguments.on_error, arguments.auto_finalize, arguments.auto_dismiss
@@ -92,12 +97,14 @@ async def _base(services: Services, top: BlockNode, arguments: BlockStreamJobArg
         return await in_thread(find_base, top, arguments.base)
     if arguments.base_node is not None:
         node = _node_below(services, arguments.base_node)
-        if node not in list(chain(top))[1:]:
+        if node not in list(chain_with_filters(top))[1:]:
             raise RequestError(f"Node '{arguments.base_node}' is not a backing image of '{arguments.device}'")
         return node
     if arguments.bottom is not None:
         node = _node_below(services, arguments.bottom)
-        if node not in chain(top):
+        if isinstance(node, FilterNode):
+            raise RequestError(f"Node '{arguments.bottom}' is a filter, use a non-filter node as 'bottom'")
+        if node not in chain_with_filters(top):
             raise RequestError(
                 f"Node '{arguments.bottom}' is not in a chain starting from '{arguments.device}'"
             )
@@ -131,6 +138,8 @@ class BlockJobInfo(Result):
     ready: bool
     type: str
     error: str | None = None
+    x_detail: str | None = None
+    """What else is known of the error: which image, what was done to it."""
 
 
 @TABLE.command("query-block-jobs")
@@ -150,7 +159,8 @@ async def query_block_jobs(services: Services) -> list[BlockJobInfo]:
             speed=job.speed,
             ready=job.status in (JobStatus.READY, JobStatus.STANDBY),
             type=job.type,
-            error=_error_of(job),
+            error=job.error_text,
+            x_detail=job.error_detail,
         )
         for job in services.jobs
         if job.is_block_job
@@ -163,9 +173,11 @@ class JobInfo(Result):
     current_progress: int
     status: JobStatus
     total_progress: int
-    type: str
+    type: JobType
     id: str
     error: str | None = None
+    x_detail: str | None = None
+    """What else is known of the error: which image, what was done to it."""
 
 
 @TABLE.command("query-jobs", oob=True)
@@ -178,17 +190,11 @@ async def query_jobs(services: Services) -> list[JobInfo]:
             total_progress=job.length,
             type=job.type,
             id=job.id,
-            error=_error_of(job),
+            error=job.error_text,
+            x_detail=job.error_detail,
         )
         for job in services.jobs
     ]
-
-
-def _error_of(job: Job) -> str | None:
-    if job.error is not None:
-        return job.error.message
-    has_ended = job.status in (JobStatus.ABORTING, JobStatus.CONCLUDED)
-    return "Operation canceled" if job.is_cancelled and has_ended else None
 
 
 # -- the verbs ---------------------------------------------------------------------------------
@@ -234,12 +240,17 @@ def _job(services: Services, job_id: str) -> Job:
     return job
 
 
-async def _cancel(job: Job) -> None:
+async def _cancel(services: Services, job: Job) -> None:
     """Cancel, and see the end of a job that has nothing to wait for, so that its events come first."""
     is_at_rest = not job.busy
     job.cancel()
     if is_at_rest:
-        await job.wait_ended()
+        await services.devices.changing.unless_hanging(job.wait_ended)
+
+
+async def _finalize(services: Services, job: Job) -> None:
+    job.begin_to_finalize()
+    await services.devices.changing.unless_hanging(job.wait_ended)
 
 
 @TABLE.command("block-job-set-speed", oob=True)
@@ -254,7 +265,7 @@ async def block_job_cancel(services: Services, arguments: BlockJobCancelArgument
     job = _block_job(services, arguments.device)
     if job.is_user_paused and not arguments.force:
         raise RequestError(f"The block job for device '{job.id}' is currently paused")
-    await _cancel(job)
+    await _cancel(services, job)
 
 
 @TABLE.command("block-job-pause")
@@ -278,7 +289,7 @@ async def block_job_complete(services: Services, arguments: BlockJobArguments) -
 @TABLE.command("block-job-finalize")
 async def block_job_finalize(services: Services, arguments: JobArguments) -> None:
     """Let a pending job make its result permanent."""
-    await _block_job(services, arguments.id).finalize()
+    await _finalize(services, _block_job(services, arguments.id))
 
 
 @TABLE.command("block-job-dismiss")
@@ -290,7 +301,7 @@ async def block_job_dismiss(services: Services, arguments: JobArguments) -> None
 @TABLE.command("job-cancel", oob=True)
 async def job_cancel(services: Services, arguments: JobArguments) -> None:
     """End a job as soon as possible."""
-    await _cancel(_job(services, arguments.id))
+    await _cancel(services, _job(services, arguments.id))
 
 
 @TABLE.command("job-pause", oob=True)
@@ -314,10 +325,11 @@ async def job_complete(services: Services, arguments: JobArguments) -> None:
 @TABLE.command("job-finalize")
 async def job_finalize(services: Services, arguments: JobArguments) -> None:
     """Let a pending job make its result permanent."""
-    await _job(services, arguments.id).finalize()
+    await _finalize(services, _job(services, arguments.id))
 
 
 @TABLE.command("job-dismiss")
 async def job_dismiss(services: Services, arguments: JobArguments) -> None:
     """Forget a concluded job."""
-    services.jobs.dismiss(_job(services, arguments.id))
+    if not give_up(services, Kind.JOB, arguments.id):
+        services.jobs.dismiss(_job(services, arguments.id))

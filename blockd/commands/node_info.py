@@ -1,29 +1,38 @@
 """Nodes as query-named-block-nodes and query-block show them: QEMU's BlockDeviceInfo."""
 
-from pathlib import Path
+import asyncio
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
 
-from blockd.block.chain import unfiltered
-from blockd.block.image_paths import beside
+from blockd.aio import Turns
+from blockd.block.chain import primary_child, unfiltered
 from blockd.block.node import BlockNode, OverlayNode
+from blockd.block.settings import DetectZeroes
+from blockd.drivers.sharing import files_of
+from blockd.filenames import full_name
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qed.image import QedImage
+from blockd.protocols.file import FileNode
+from blockd.protocols.null import NullNode
 from blockd.qmp.models import Members, Result
 from blockd.units import SECTOR_SIZE, align_up
 
 _DIRTY = 1 << 0
 _CORRUPT = 1 << 1
 _LAZY_REFCOUNTS = 1 << 0
-_COMPRESSION_TYPES = ("zlib", "zstd")
+# How many files are asked at once what they take.
+_USAGE_COUNT = 16
+_COMPRESSION_TYPES: Sequence[Literal["zlib", "zstd"]] = ("zlib", "zstd")
 
 
 class Qcow2Data(Members):
     """What only qcow2 images have."""
 
     compat: str
-    compression_type: str
+    compression_type: Literal["zlib", "zstd"]
     lazy_refcounts: bool
     refcount_bits: int
     corrupt: bool
@@ -38,11 +47,21 @@ class AddCowData(Members):
     """Whether everything is in the image, so that bitmap and backing are not looked at."""
 
 
-class FormatSpecific(Members):
+class Qcow2Specific(Members):
     """What only images of one format have."""
 
-    type: str
-    data: Qcow2Data | AddCowData
+    type: Literal["qcow2"] = "qcow2"
+    data: Qcow2Data
+
+
+class AddCowSpecific(Members):
+    """What only images of one format have."""
+
+    type: Literal["add-cow"] = "add-cow"
+    data: AddCowData
+
+
+FormatSpecific: TypeAlias = Annotated[Qcow2Specific | AddCowSpecific, Field(discriminator="type")]
 
 
 class ImageInfo(Members):
@@ -53,7 +72,7 @@ class ImageInfo(Members):
     virtual_size: int
     actual_size: int | None = None
     """What the file takes on the disk; absent when it cannot be told."""
-    dirty_flag: bool = False
+    dirty_flag: bool | None = False
     cluster_size: int | None = None
     backing_filename: str | None = None
     """As recorded in the image."""
@@ -83,7 +102,7 @@ class BlockDeviceInfo(Result):
     image: ImageInfo
     backing_file: str | None = Field(None, alias="backing_file")
     backing_file_depth: int = Field(0, alias="backing_file_depth")
-    detect_zeroes: str = Field("off", alias="detect_zeroes")
+    detect_zeroes: DetectZeroes = Field(DetectZeroes.OFF, alias="detect_zeroes")
     write_threshold: int = Field(0, alias="write_threshold")
     bps: int = 0
     bps_rd: int = Field(0, alias="bps_rd")
@@ -93,15 +112,29 @@ class BlockDeviceInfo(Result):
     iops_wr: int = Field(0, alias="iops_wr")
 
 
-def device_info(node: BlockNode, *, flat: bool = False) -> BlockDeviceInfo:
-    """Describe a node, and unless `flat` the images below it.
+# What files take on their disks, as far as that could be found out.
+Usages = Mapping[FileNode, int | None]
 
-    Needs:    a thread, for it asks the file system for sizes.
-    """
+
+async def usages(nodes: Iterable[BlockNode]) -> Usages:
+    """Find out what the files of nodes and of those below them take on their disks; some at a time."""
+    turns, files = Turns(), dict[FileNode, None]()
+    for node in nodes:
+        await turns.pass_on()
+        files.update((file, None) for image in (node, *_below(node)) for file in files_of(image))
+    found: dict[FileNode, int | None] = {}
+    while files:
+        some = [files.popitem()[0] for _ in range(min(len(files), _USAGE_COUNT))]
+        found.update(zip(some, await asyncio.gather(*(file.disk_usage() for file in some)), strict=True))
+    return found
+
+
+def device_info(node: BlockNode, used: Usages, *, flat: bool = False) -> BlockDeviceInfo:
+    """Describe a node, and unless `flat` the images below it."""
     below = list(_below(node))
-    image = _image_info(node)
+    image = _image_info(node, used)
     if not flat:
-        infos = [image, *map(_image_info, below)]
+        infos = [image, *(_image_info(lower, used) for lower in below)]
         image = infos.pop()
         while infos:
             image = infos.pop().model_copy(update={"backing_image": image})
@@ -110,6 +143,8 @@ def device_info(node: BlockNode, *, flat: bool = False) -> BlockDeviceInfo:
         drv=node.driver,
         file=node.filename,
         ro=node.read_only,
+        cache=CacheInfo(direct=node.settings.cache.is_direct, no_flush=node.settings.cache.is_unsafe),
+        detect_zeroes=node.settings.detect_zeroes,
         image=image,
         backing_file=node.backing.filename if node.backing is not None else None,
         backing_file_depth=0 if flat else len(below),
@@ -125,17 +160,17 @@ def _below(node: BlockNode) -> list[BlockNode]:
     return found
 
 
-def _image_info(node: BlockNode) -> ImageInfo:
+def _image_info(node: BlockNode, used: Usages) -> ImageInfo:
     recorded = node.backing_filename if isinstance(node, OverlayNode) else None
     return ImageInfo(
         filename=node.filename,
         format=node.driver,
         virtual_size=align_up(node.size, SECTOR_SIZE),
-        actual_size=_actual_size(node),
+        actual_size=_actual_size(node, used),
         dirty_flag=_is_dirty(node),
         cluster_size=_cluster_size(node),
         backing_filename=recorded,
-        full_backing_filename=beside(node.filename, recorded) if recorded else None,
+        full_backing_filename=full_name(node.filename, recorded) if recorded else None,
         backing_filename_format=node.backing_format if isinstance(node, OverlayNode) and recorded else None,
         format_specific=_format_specific(node),
     )
@@ -147,16 +182,26 @@ def _cluster_size(node: BlockNode) -> int | None:
     return node.cluster_size if node.cluster_size > 1 else None
 
 
-def _is_dirty(node: BlockNode) -> bool:
+def _is_dirty(node: BlockNode) -> bool | None:
+    if _is_on_nothing(node):
+        return None  # as QEMU, which knows nothing of such nodes
     if isinstance(node, QedImage):
         return node.metadata.header.needs_check
     return isinstance(node, Qcow2Image) and bool(node.metadata.header.incompatible & _DIRTY)
 
 
-def _format_specific(node: BlockNode) -> FormatSpecific | None:
+def _is_on_nothing(node: BlockNode) -> bool:
+    """Whether what is written to a node goes nowhere."""
+    below: BlockNode | None = node
+    while below is not None and not isinstance(below, NullNode):
+        below = primary_child(below)
+    return below is not None
+
+
+def _format_specific(node: BlockNode) -> Qcow2Specific | AddCowSpecific | None:
     if isinstance(node, AddCowImage):
         add_cow = AddCowData(image_file=node.image.filename, all_allocated=node.is_complete)
-        return FormatSpecific(type=node.driver, data=add_cow)
+        return AddCowSpecific(data=add_cow)
     if not isinstance(node, Qcow2Image):
         return None
     header = node.metadata.header
@@ -168,13 +213,13 @@ def _format_specific(node: BlockNode) -> FormatSpecific | None:
         corrupt=bool(header.incompatible & _CORRUPT),
         extended_l2=header.has_extended_l2,
     )
-    return FormatSpecific(type="qcow2", data=data)
+    return Qcow2Specific(data=data)
 
 
-def _actual_size(node: BlockNode) -> int | None:
+def _actual_size(node: BlockNode, used: Usages) -> int | None:
     """Of the file, and of the image beside it."""
-    filenames = [node.filename, *([node.image.filename] if isinstance(node, AddCowImage) else [])]
-    try:
-        return sum(Path(filename).stat().st_blocks for filename in filenames) * SECTOR_SIZE
-    except OSError:
-        return None
+    if _is_on_nothing(node):
+        return 0
+    sizes = [used.get(file) for file in files_of(node)]
+    known = [size for size in sizes if size is not None]
+    return sum(known) if known and len(known) == len(sizes) else None

@@ -1,15 +1,23 @@
 """Nodes and devices: adding, removing, listing, resizing."""
 
+from functools import partial
+
 from pydantic import ConfigDict
 
-from blockd.aio import in_thread
+from blockd.aio import in_turns
 from blockd.block.chain import unfiltered
+from blockd.block.permissions import RESIZE
 from blockd.commands.context import Services
-from blockd.commands.node_info import BlockDeviceInfo, device_info
+from blockd.commands.field_schemas import node_schema
+from blockd.commands.left_out import give_up
+from blockd.commands.node_info import BlockDeviceInfo, device_info, usages
 from blockd.commands.topic import Table
 from blockd.devices.changes import make_changes
-from blockd.devices.reopening import Reopen
+from blockd.devices.device import Device
+from blockd.devices.left_out import Kind
+from blockd.devices.reopening import Reopen, Together
 from blockd.drivers import check_blockdev
+from blockd.drivers.permissions import Claim
 from blockd.errors import ErrorKind, RequestError
 from blockd.jobs.job import IoStatus
 from blockd.qmp.models import Arguments, Int64, Result
@@ -21,7 +29,7 @@ TABLE: Table = Table()
 class BlockdevAddArguments(Arguments):
     """A node and the nodes below it; which members there are depends on the driver."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=node_schema)
 
     driver: str
     node_name: str | None = None
@@ -30,7 +38,7 @@ class BlockdevAddArguments(Arguments):
 @TABLE.command("blockdev-add")
 async def blockdev_add(services: Services, arguments: BlockdevAddArguments) -> None:
     """Open a node."""
-    async with services.devices.changing:
+    async with services.devices.change():
         await services.graph.open(arguments.model_dump(by_alias=True, exclude_unset=True))
 
 
@@ -48,7 +56,8 @@ async def blockdev_reopen(services: Services, arguments: BlockdevReopenArguments
         check_blockdev(options, is_text=False, path=f"options[{number}]")
         for number, options in enumerate(told)
     ]
-    changes = [Reopen(services.devices, services.streams, options) for options in checked]
+    together = Together()
+    changes = [Reopen(services.devices, services.streams, options, together) for options in checked]
     await make_changes(services.devices, changes)
 
 
@@ -61,8 +70,13 @@ class BlockdevDelArguments(Arguments):
 @TABLE.command("blockdev-del")
 async def blockdev_del(services: Services, arguments: BlockdevDelArguments) -> None:
     """Close a node that blockdev-add opened."""
-    async with services.devices.changing:
-        services.streams.require_free([services.graph[arguments.node_name]])
+    async with services.devices.change():
+        if give_up(services, Kind.NODE, arguments.node_name):
+            return
+        node = services.graph[arguments.node_name]
+        if services.streams.is_filter_of_job(node):
+            raise RequestError(f"Node {node.node_name} is in use")
+        services.streams.require_free([node])
         await services.graph.remove(arguments.node_name)
 
 
@@ -79,7 +93,8 @@ async def query_named_block_nodes(
 ) -> list[BlockDeviceInfo]:
     """List all nodes, the newest first."""
     nodes = list(services.graph.nodes.values())
-    return await in_thread(lambda: [device_info(node, flat=arguments.flat) for node in reversed(nodes)])
+    used = await usages(nodes)
+    return await in_turns(partial(device_info, used=used, flat=arguments.flat), reversed(nodes))
 
 
 class BlockInfo(Result):
@@ -96,13 +111,14 @@ class BlockInfo(Result):
 @TABLE.command("query-block")
 async def query_block(services: Services) -> list[BlockInfo]:
     """List the devices, each with its active image and the images below that."""
-    found: list[BlockInfo] = []
-    for device in services.devices:
+    used = await usages([device.node for device in services.devices])
+
+    def info_of(device: Device) -> BlockInfo:
         stream = services.streams.on(device)
-        info = await in_thread(device_info, device.node)
         io_status = stream.job.io_status if stream is not None else IoStatus.OK
-        found.append(BlockInfo(device=device.name, io_status=io_status, inserted=info))
-    return found
+        return BlockInfo(device=device.name, io_status=io_status, inserted=device_info(device.node, used))
+
+    return await in_turns(info_of, services.devices)
 
 
 class BlockResizeArguments(Arguments):
@@ -117,16 +133,20 @@ class BlockResizeArguments(Arguments):
 @TABLE.command("block_resize")
 async def block_resize(services: Services, arguments: BlockResizeArguments) -> None:
     """Change the size of a disk; new bytes read as zeroes."""
-    node = services.devices.find(device=arguments.device, node_name=arguments.node_name)
-    if arguments.size < 0:
-        raise RequestError("Parameter 'size' expects a >0 size")
-    if arguments.size % SECTOR_SIZE:
-        raise RequestError(f"The new size must be a multiple of {SECTOR_SIZE}")
-    async with services.devices.changing:
-        services.streams.require_free([unfiltered(node)])
+    async with services.devices.change():
+        node = services.devices.find(device=arguments.device, node_name=arguments.node_name)
+        if arguments.size < 0:
+            raise RequestError("Parameter 'size' expects a >0 size")
+        if arguments.size % SECTOR_SIZE:
+            raise RequestError(f"The new size must be a multiple of {SECTOR_SIZE}")
+        services.streams.require_free([node, unfiltered(node)])
         services.graph.require_no_overlay(unfiltered(node))
+        planned = services.graph.permissions.require(Claim(node, RESIZE))
         if node.read_only:
             raise RequestError("Image is read-only", kind=ErrorKind.READ_ONLY)
-        async with services.devices.drained(node):
-            await node.resize(arguments.size)
-            services.graph.refresh_filters(unfiltered(node))
+        await services.graph.nodes.locks.take(planned)
+        async with services.devices.drained(node, is_bounded=True):
+            try:
+                await node.resize(arguments.size)
+            finally:
+                services.graph.refresh_filters(unfiltered(node))

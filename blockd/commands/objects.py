@@ -8,6 +8,7 @@ from pydantic import ConfigDict, JsonValue
 
 from blockd.block.options import Place, record
 from blockd.commands.context import Services
+from blockd.commands.field_schemas import object_schema
 from blockd.commands.topic import Table
 from blockd.errors import ErrorKind, RequestError
 from blockd.filters.throttle_group import NO_LIMITS, ThrottleGroup
@@ -22,7 +23,7 @@ _CONTAINER = "objects"
 class ObjectAddArguments(Arguments):
     """An object; which other members there are depends on its type."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", json_schema_extra=object_schema)
 
     qom_type: str
     """``throttle-group``, ``secret``, ``tls-creds-x509`` or ``iothread``."""

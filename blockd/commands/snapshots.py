@@ -8,7 +8,8 @@ from blockd.commands.context import Services
 from blockd.commands.topic import Table
 from blockd.devices.changes import make_changes
 from blockd.devices.overlays import DEFAULT_FORMAT, SnapshotInFile, SnapshotOnNode
-from blockd.errors import BlockdError, RequestError
+from blockd.errors import BlockdError, RequestError, printable
+from blockd.filenames import recordable
 from blockd.qmp.models import Arguments
 
 TABLE: Table = Table()
@@ -79,7 +80,7 @@ class ChangeBackingFileArguments(Arguments):
 @TABLE.command("change-backing-file")
 async def change_backing_file(services: Services, arguments: ChangeBackingFileArguments) -> None:
     """Change what an image records as its backing file; what it has as its backing now stays."""
-    async with services.devices.changing:
+    async with services.devices.change():
         top = services.devices.find_node(arguments.device)
         if any(services.graph.parents(top)):
             raise RequestError("Need a root block node")
@@ -89,9 +90,11 @@ async def change_backing_file(services: Services, arguments: ChangeBackingFileAr
         services.streams.require_free([unfiltered(top), image])
         if image not in chain(top):
             raise RequestError(f"'{arguments.device}' and image file are not in the same chain")
+        services.graph.require_liftable(image)
         try:
-            await services.devices.change_backing(image, arguments.backing_file or None)
+            name = recordable(arguments.backing_file) if arguments.backing_file else None
+            await services.devices.change_backing(image, name)
         except BlockdError as error:
             raise RequestError(
-                f"Could not change backing file to '{arguments.backing_file}': {error.message}"
+                f"Could not change backing file to '{printable(arguments.backing_file)}': {error.message}"
             ) from error

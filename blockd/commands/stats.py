@@ -1,16 +1,24 @@
 """query-blockstats: what guests did to disks and nodes."""
 
 import time
+from functools import partial
 
 from pydantic import ConfigDict, Field
 
+from blockd.aio import in_turns
 from blockd.block.accounting import DiskStats
+from blockd.block.chain import primary_child
 from blockd.block.node import BlockNode
 from blockd.commands.context import Services
 from blockd.commands.topic import Table
+from blockd.devices.device import Device
 from blockd.qmp.models import Arguments, Members, Result
 
 TABLE: Table = Table()
+
+
+class BlockDeviceTimedStats(Members):
+    """Counters of an interval."""
 
 
 class BlockDeviceStats(Members):
@@ -48,7 +56,7 @@ class BlockDeviceStats(Members):
     invalid_flush_operations: int
     account_invalid: bool = False
     account_failed: bool = False
-    timed_stats: list[int] = Field(default_factory=list)
+    timed_stats: list[BlockDeviceTimedStats] = Field(default_factory=list)
     """Always empty."""
 
 
@@ -79,15 +87,16 @@ async def query_blockstats(services: Services, arguments: QueryBlockstatsArgumen
     disks = {device.node: device.root.stats for device in services.devices.all}
     if arguments.query_nodes:
         nodes = list(services.graph.nodes.values())
-        return [_stats_of(node, disks, with_backing=False) for node in reversed(nodes)]
-    return [
-        _stats_of(device.node, disks, with_backing=True).model_copy(update={"device": device.name})
-        for device in services.devices
-    ]
+        return await in_turns(partial(_stats_of, disks=disks, with_backing=False), nodes)
+
+    def stats_of(device: Device) -> BlockStats:
+        return _stats_of(device.node, disks, with_backing=True).model_copy(update={"device": device.name})
+
+    return await in_turns(stats_of, services.devices)
 
 
 def _stats_of(node: BlockNode, disks: dict[BlockNode, DiskStats], *, with_backing: bool) -> BlockStats:
-    below = node.children().get("file")
+    below = primary_child(node)
     backing = node.backing if with_backing else None
     return BlockStats(
         node_name=node.node_name,

@@ -1,10 +1,12 @@
 """All commands of the daemon; the QMP server adds those of a session."""
 
 from blockd.commands import (
+    block_graph,
     control,
     creation,
     exports,
     jobs,
+    left_out,
     nodes,
     objects,
     snapshots,
@@ -18,7 +20,20 @@ from blockd.commands.stream import BlockStreamArguments
 from blockd.commands.topic import Table
 
 COMMANDS: Table = Table(EVENTS)
-for _module in (stream, jobs, nodes, stats, creation, snapshots, transaction, objects, exports, control):
+for _module in (
+    stream,
+    jobs,
+    nodes,
+    stats,
+    block_graph,
+    creation,
+    snapshots,
+    transaction,
+    objects,
+    exports,
+    left_out,
+    control,
+):
     COMMANDS.merge(_module.TABLE)
 
 

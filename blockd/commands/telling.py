@@ -5,12 +5,13 @@ The events are models, which a daemon is there before; where nobody listens they
 
 # ruff: noqa: PLC0415
 
+from blockd.errors import Operation
 from blockd.jobs.job import Action, Job
 from blockd.qmp.events import EventBus
 
 
 class EventTeller:
-    """A `JobObserver` that emits an event for everything, and tells of exports that are gone."""
+    """A `JobObserver` that emits an event for everything, and tells of exports gone and writes lost."""
 
     def __init__(self, bus: EventBus) -> None:
         self._bus = bus
@@ -21,7 +22,7 @@ class EventTeller:
 
             self._bus.emit(JobStatusChange(status=job.status, id=job.id))
 
-    def error_met(self, job: Job, operation: str, action: Action) -> None:
+    def error_met(self, job: Job, operation: Operation, action: Action) -> None:
         if self._bus.has_listeners:
             from blockd.commands.events import BlockJobError
 
@@ -42,9 +43,19 @@ class EventTeller:
         if job.is_cancelled:
             self._bus.emit(BlockJobCancelled.model_validate({**end, "type": job.type}))
         else:
-            error = job.error.message if job.error else None
-            result = {"type": job.type, "error": error, "image": job.plain_image}
+            result = {
+                "type": job.type,
+                "error": job.error_text,
+                "x_detail": job.error_detail,
+                "image": job.plain_image,
+            }
             self._bus.emit(BlockJobCompleted.model_validate({**end, **result}))
+
+    def writes_lost(self, device: str, node_name: str, length: int | None, why: str) -> None:
+        if self._bus.has_listeners:
+            from blockd.commands.events import BlockWritesLost
+
+            self._bus.emit(BlockWritesLost(device=device, node_name=node_name, len=length, error=why))
 
     def export_deleted(self, export_id: str) -> None:
         if self._bus.has_listeners:

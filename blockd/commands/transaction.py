@@ -24,7 +24,7 @@ from blockd.devices.changes import Change, make_changes
 from blockd.devices.overlays import Switch
 from blockd.devices.stream_changes import StartStream
 from blockd.errors import RequestError
-from blockd.jobs.job import JobGroup
+from blockd.jobs.group import JobGroup
 from blockd.qmp.models import Arguments, Members
 
 TABLE: Table = Table()

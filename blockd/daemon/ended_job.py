@@ -5,6 +5,18 @@ from blockd.errors import BlockdError
 from blockd.jobs.job import Job
 
 
+class _RecordedError(BlockdError):
+    """An error of an earlier run."""
+
+    def __init__(self, brief: str, detail: str | None) -> None:
+        super().__init__(detail or brief)
+        self._brief = brief
+
+    @property
+    def brief(self) -> str:
+        return self._brief
+
+
 class EndedJob(Job):
     """A job that was over when the run ended, or that cannot go on; `failure` says why."""
 
@@ -35,5 +47,5 @@ def concluded_job(record: JobRecord) -> Job:
     job.set_progress(record.offset, record.length)
     job.auto_finalize = record.auto_finalize
     job.is_cancelled = record.is_cancelled
-    job.error = BlockdError(record.error) if record.error is not None else None
+    job.error = None if record.error is None else _RecordedError(record.error, record.error_detail)
     return job

@@ -3,7 +3,7 @@
 import logging
 import time
 from contextlib import AsyncExitStack
-from pathlib import Path
+from functools import partial
 from typing import NamedTuple
 
 from blockd.block.node import BlockNode
@@ -26,9 +26,12 @@ from blockd.config import (
     StdioChardev,
     UnixAddress,
 )
-from blockd.daemon.disagreement import differences, subject_of
+from blockd.daemon.disagreement import difference, lacks, subject_of, thing_of
+from blockd.devices.left_out import Kind, Thing
+from blockd.drivers import FORMATS, unknown_format
 from blockd.errors import RequestError
 from blockd.exports.nbd.server import NbdServer as Server
+from blockd.filenames import absolute
 from blockd.qmp.server import QmpServer
 
 log = logging.getLogger(__name__)
@@ -67,12 +70,24 @@ class Starter:
         """
         subject = subject_of(given.option)
         if subject in self._earlier:
-            for difference in differences(self._services, self._earlier[subject], given):
-                log.warning("%s: %s", given.where, difference)
+            found = await difference(self._services, self._earlier[subject], given)
+            if found is not None:
+                log.warning("%s: %s", given.where, found)
+            return
+        if (missing := lacks(self._services.left_out, given.option)) is not None:
+            self._leave_out(given, missing)
             return
         await self._start(given.option)
         if subject is not None:
             self._given[subject] = given.argument
+
+    def _leave_out(self, given: Given, missing: Thing) -> None:
+        """Go on without what needs a thing of an earlier run that is left out; the next start tries again."""
+        reason = f"the {missing.kind} '{missing.name}' is not restored"
+        log.error("%s: left out: %s: %s", given.where, reason, missing.reason)
+        if (thing := thing_of(given.option)) is not None:
+            node = missing.name if missing.kind is Kind.NODE else None
+            self._services.left_out.add(Thing(*thing, reason, node, node))
 
     async def _start(self, option: Option) -> None:
         match option:
@@ -88,7 +103,7 @@ class Starter:
                 await self._qmp.listen_unix(option.path)
                 self._note_monitor(UnixAddress(path=option.path), is_pretty=False)
             case NbdServer():
-                await _listen(self._services.exports.start_server(option.max_connections), option)
+                await self._services.exports.start_server(partial(_listen, option), option.max_connections)
             case Export():
                 await self._add_export(option)
             case FileDevice():
@@ -96,7 +111,7 @@ class Starter:
             case NodeDevice():
                 self._services.devices.add(option.id, self._find(option.node_name))
             case HttpServer():
-                await self._serve_http(option)
+                pass  # `accept` serves it
 
     def _find(self, node_name: str) -> BlockNode:
         if node_name not in self._services.graph.nodes:
@@ -134,7 +149,7 @@ class Starter:
 
     def _note_monitor(self, address: UnixAddress | InetAddress, *, is_pretty: bool) -> None:
         if isinstance(address, UnixAddress):
-            address = UnixAddress(path=str(Path(address.path).absolute()))
+            address = UnixAddress(path=absolute(address.path))
         self.monitors.append(ServedMonitor(address, is_pretty))
 
     async def _add_export(self, option: Export) -> None:
@@ -144,9 +159,12 @@ class Starter:
             name=option.node_name if option.name is None else option.name,
             description=option.description,
             writable=option.writable,
+            writethrough=option.writethrough,
         )
 
     async def _add_file_device(self, option: FileDevice) -> None:
+        if option.format is not None and option.format not in FORMATS:
+            raise RequestError(f"Could not open '{option.filename}': {unknown_format(option.format)}")
         node = await self._services.graph.open_image(option.filename, option.format, read_only=False)
         self._services.devices.add(option.name, node)
 
@@ -174,15 +192,20 @@ class Starter:
             await self._services.exports.add(option.name, node, name=option.name, writable=not node.read_only)
 
     async def accept(self, given: Given) -> None:
-        """Let in NBD clients that may have connected before we were started: all exports are there."""
+        """Serve what answers as soon as somebody connects: all is there.
+
+        Sockets that were inherited are only taken now, and clients may have connected before we were started.
+        """
         option, server = given.option, self._services.exports.server
-        if isinstance(option, NbdServer) and isinstance(option.addr, FdAddress) and server is not None:
+        if isinstance(option, HttpServer):
+            await self._serve_http(option)
+        elif isinstance(option, NbdServer) and isinstance(option.addr, FdAddress) and server is not None:
             server.listen_fd(option.addr.fd)
 
 
-async def _listen(server: Server, option: NbdServer) -> None:
+async def _listen(option: NbdServer, server: Server) -> None:
     match option.addr:
         case UnixAddress(path=path):
-            server.listen_unix(path)
+            await server.listen_unix(path)
         case InetAddress(host=host, port=port):
             await server.listen_tcp(host, port)

@@ -1,60 +1,83 @@
 """Backing files by name: finding the one a client means, and naming one so that it is found again."""
 
-import os
 from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 from blockd.block.chain import chain
 from blockd.block.node import BlockNode, OverlayNode
-from blockd.errors import RequestError
+from blockd.drivers.sharing import file_of
+from blockd.errors import RequestError, printable
+from blockd.filenames import absolute, basename, beside, plain, recordable, without_protocol
+from blockd.formats.raw.part import RawPart
+from blockd.protocols.file_status import status_of_name
 
 
 def name_for(base: BlockNode, active: OverlayNode) -> str:
-    """A name for `base` that leads there from the folder of `active`: relative if it was so and can be."""
-    path = _absolute(base.filename)
-    is_beside = path.parent == _absolute(active.filename).parent
-    was_relative = active.backing_filename is not None and not Path(active.backing_filename).is_absolute()
-    return path.name if is_beside and was_relative else str(path)
+    """A name that leads to `base` from the folder of `active`: relative if the names in between are.
+
+    Needs:    a thread, for it looks files up.
+    Raises:   RequestError: no name leads there, or none that an image may record.
+    """
+    file = file_of(base)
+    if isinstance(base, RawPart):
+        raise RequestError(f"No image can record '{base.node_name}', a part of a file, as its backing file")
+    for name in _names(base, active):
+        if file is None or _leads_to(beside(active.filename, name), file.identity()):
+            return recordable(name)
+    raise RequestError(
+        f"'{printable(base.filename)}' was moved: tell by which name '{printable(active.filename)}' is to "
+        "record it (backing-file)"
+    )
 
 
-def _absolute(filename: str) -> Path:
-    """The same path from the root on; symbolic links stay, as they do when a backing file is looked for."""
-    return Path(os.path.normpath(Path(filename).absolute()))
+def _names(base: BlockNode, active: OverlayNode) -> Iterator[str]:
+    """Names that may lead to `base`, the best first."""
+    composed = _composed(base, active)
+    if composed is not None and not composed.startswith("/"):
+        yield plain(basename(base.filename))
+        yield composed
+    yield absolute(base.filename)
+
+
+def _composed(base: BlockNode, active: OverlayNode) -> str | None:
+    """What the images from `active` down to `base` record, put together; None: not all are paths."""
+    name = ""
+    for above, node in pairwise(chain(active)):
+        if not isinstance(above, OverlayNode) or above.backing_filename is None:
+            return None
+        try:
+            name = beside(name, without_protocol(above.backing_filename))
+        except RequestError:
+            return None
+        if node is base:
+            return name
+    return None
 
 
 def find_base(top: BlockNode, wanted: str) -> BlockNode:
     """Find a backing image of `top` by its file name, as recorded or leading to the same file, or node name.
 
+    A relative name counts from the folder of the image that records it, or else from our own.
+
     Needs:    a thread, for it looks files up.
     Raises:   RequestError: there is none.
     """
-    names = _recorded_names(top)
-    for node, recorded in names:
+    links = list(pairwise(chain(top)))
+    for above, node in links:
+        recorded = above.backing_filename if isinstance(above, OverlayNode) else None
         if wanted in (recorded, node.filename, node.node_name):
             return node
-    for node, _ in names:
-        if any(_is_same_file(path, node.filename) for path in _paths(wanted, top)):
-            return node
-    raise RequestError(f"Can't find '{wanted}' in the backing chain")
+    for is_ours in (False, True):
+        for above, node in links:
+            path = wanted if is_ours else beside(above.filename, wanted)
+            file = file_of(node)
+            if file is not None and _leads_to(path, file.identity()):
+                return node
+    raise RequestError(f"Can't find '{printable(wanted)}' in the backing chain")
 
 
-def _recorded_names(top: BlockNode) -> list[tuple[BlockNode, str | None]]:
-    """Every image below `top`, with its file name as recorded in the image above it."""
-    return [
-        (node, above.backing_filename if isinstance(above, OverlayNode) else None)
-        for above, node in pairwise(chain(top))
-    ]
-
-
-def _paths(wanted: str, top: BlockNode) -> Iterator[Path]:
-    """A relative name may count from our folder or from the image's."""
-    yield Path(wanted)
-    yield Path(top.filename).parent / wanted
-
-
-def _is_same_file(path: Path, other: str) -> bool:
+def _leads_to(path: str, identity: tuple[int, int]) -> bool:
     try:
-        return path.samefile(other)
+        return status_of_name(path).identity == identity
     except (OSError, ValueError):
         return False

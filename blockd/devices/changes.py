@@ -54,11 +54,12 @@ async def make_changes(devices: Devices, changes: Sequence[Change]) -> None:
     Raises:   what the change that could not be done raised.
     Fails to: all disks are as before, and their guests go on.
     """
-    async with devices.changing, AsyncExitStack() as cleaning:
+    async with devices.change(), AsyncExitStack() as cleaning:
         for change in changes:
             cleaning.push_async_callback(change.clean)
             await change.prepare()
-        async with devices.drained(*(disk for change in changes for disk in change.disks())):
+        disks = [disk for change in changes for disk in change.disks()]
+        async with devices.drained(*disks, is_bounded=True):
             async with AsyncExitStack() as undoing:
                 for change in changes:
                     await change.perform()

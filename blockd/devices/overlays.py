@@ -4,22 +4,22 @@ The image that was active becomes the backing of the new one, and read-only.
 """
 
 import logging
-import os
 from abc import abstractmethod
-from pathlib import Path
 
-from blockd.aio import in_thread
+from blockd.aio import in_thread, uninterrupted
 from blockd.block.chain import format_of, unfiltered
-from blockd.block.image_paths import without_protocol
 from blockd.block.node import BlockNode, FilterNode, OverlayNode
+from blockd.block.permissions import CONSISTENT_READ
 from blockd.devices.changes import Change
 from blockd.devices.device import Devices
 from blockd.devices.streams import Streams
 from blockd.drivers import FORMATS
+from blockd.drivers.permissions import check_acyclic
 from blockd.drivers.sharing import check_chain, files_of
 from blockd.errors import BlockdError, ErrorKind, RequestError, printable
+from blockd.filenames import absolute, given_path, recordable
 from blockd.filters.blkstream import BlkStream
-from blockd.protocols.new_file import new_file, sync_folder
+from blockd.protocols.new_file import MadeFile, new_file, sync_folder
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,8 @@ class PutOverlay(Change):
 
     async def prepare(self) -> None:
         self.old, self.overlay = await self._find()
+        check_acyclic(self.overlay, "backing", self.old)
         self._devices.graph.add_user(self.overlay, _USER)
-        # From here on nobody else can put another overlay there.
-        self.overlay.backing = self.old
         self._is_prepared = True
         await self._make_durable(self.overlay)
 
@@ -56,11 +55,11 @@ class PutOverlay(Change):
         """See that a power cut cannot take away the overlay itself, which may be a second old."""
         await overlay.flush()
         for file in files_of(overlay):
-            await in_thread(sync_folder, file.filename)
+            await in_thread(sync_folder, file)
 
     def _require_replaceable(self, old: BlockNode) -> None:
         """Refuse an image in whose place nothing can be put."""
-        self._streams.require_free([unfiltered(old)])
+        self._streams.require_free([old, unfiltered(old)])
         graph = self._devices.graph
         graph.require_no_overlay(old)
         above = [parent for parent, _ in graph.parents(old)]
@@ -77,14 +76,22 @@ class PutOverlay(Change):
         return [self.old]
 
     async def perform(self) -> None:
+        # Another change of the same transaction may have come first.
+        self._require_replaceable(self.old)
+        if any(self._devices.graph.parents(self.overlay)) or self.overlay.backing is not None:
+            raise RequestError("The overlay is already in use")
         self._was_read_only = self.old.read_only
-        if self.overlay.read_only and self._devices.has_writers(self.old):
-            raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
-        await self._devices.graph.set_read_only(self.old, True)
         self._devices.put_overlay(self.old, self.overlay)
+        try:
+            await self._devices.graph.set_read_only(self.old, True)
+            await self._devices.graph.nodes.locks.adjust()
+        except BaseException:
+            await self.undo()
+            raise
 
     async def undo(self) -> None:
         self._devices.take_overlay(self.old, self.overlay)
+        self._devices.graph.connect(self.overlay, "backing", None)
         try:
             await self._devices.graph.set_read_only(self.old, self._was_read_only)
         except BlockdError as error:
@@ -95,8 +102,6 @@ class PutOverlay(Change):
 
     async def clean(self) -> None:
         if self._is_prepared:
-            if not self._is_final:
-                self.overlay.backing = None
             self._devices.graph.remove_user(self.overlay, _USER)
             await self._devices.graph.close_unused()
 
@@ -134,7 +139,9 @@ class SnapshotOnNode(PutOverlay):
         old = self._devices.find_node(self._node)
         self._require_replaceable(old)
         overlay = self._devices.find_node(self._overlay)
-        if graph.users(overlay) or any(graph.parents(overlay)):
+        is_read = CONSISTENT_READ in graph.permissions.uses.wanted(overlay).need
+        # A device reads its chain, also while it has no export.
+        if is_read or graph.users(overlay) or (graph.users(old) and any(graph.parents(overlay))):
             raise RequestError("The overlay is already in use")
         if isinstance(overlay, FilterNode):
             raise RequestError("Filters cannot be used as overlays")
@@ -142,6 +149,9 @@ class SnapshotOnNode(PutOverlay):
             raise RequestError("The overlay already has a backing image")
         if not isinstance(overlay, OverlayNode):
             raise RequestError("The overlay does not support backing images")
+        check_acyclic(overlay, "backing", old)
+        if any(graph.parents(overlay)):
+            raise RequestError("The overlay is already in use")
         if overlay.size < old.size:
             raise RequestError(
                 f"The overlay '{overlay.node_name}' has {overlay.size} bytes, fewer than the {old.size} of "
@@ -173,8 +183,8 @@ class SnapshotInFile(PutOverlay):
         self._overlay_name = overlay_name
         self._format_name = format_name
         self._is_existing = is_existing
-        # The files that were made; they are removed again if nothing comes of it.
-        self._made: list[str] = []
+        # The files that were made, the overlay first; they are removed again if nothing comes of it.
+        self._made: list[MadeFile] = []
 
     async def _find(self) -> tuple[BlockNode, OverlayNode]:
         graph = self._devices.graph
@@ -189,28 +199,35 @@ class SnapshotInFile(PutOverlay):
         if not self._is_existing:
             await self._make_file(old)
         overlay = await graph.open_overlay(
-            self._filename, self._format_name, old, node_name=self._overlay_name
+            self._filename,
+            self._format_name,
+            old,
+            node_name=self._overlay_name,
+            find=self._made[0].find if self._made else None,
         )
         return old, overlay
 
+    @uninterrupted
     async def _make_file(self, old: BlockNode) -> None:
         if self._format_name not in FORMATS:
             raise RequestError(f"Unknown file format '{printable(self._format_name)}'")
         image_format = FORMATS[self._format_name]
         if not image_format.has_backing:
             raise RequestError(f"Backing file not supported for file format '{self._format_name}'")
-        path = without_protocol(self._filename)
+        path = given_path(self._filename)
+        backing = recordable(absolute(old.filename))
         async with new_file(path) as file:
-            made_files = await in_thread(image_format.made_files, path, {})
             await image_format.create(
                 file,
                 old.size,
-                backing_filename=str(Path(old.filename).absolute()),
+                backing_filename=backing,
                 backing_format=format_of(old),
             )
-        self._made = made_files
+            self._made = await in_thread(file.made_blocking)
 
     async def clean(self) -> None:
         await super().clean()
-        for path in [] if self._is_final else self._made:
-            await in_thread(os.unlink, path)
+        for file in self._made:
+            if not self._is_final:
+                await in_thread(file.remove)
+            await in_thread(file.close)

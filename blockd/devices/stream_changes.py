@@ -3,8 +3,10 @@
 from collections.abc import Awaitable, Callable
 
 from blockd.devices.changes import Change
-from blockd.devices.streams import StreamRequest, Streams
-from blockd.jobs.job import Job, JobGroup
+from blockd.devices.stream_request import StreamRequest
+from blockd.devices.streams import Streams
+from blockd.jobs.group import JobGroup
+from blockd.jobs.job import Job
 from blockd.jobs.manager import JobManager
 
 
@@ -33,14 +35,14 @@ class StartStream(Change):
     async def perform(self) -> None:
         self._job = await self._streams.place(await self._find())
         self._jobs.claim_id(self._job.id)
+        if self._group is not None:
+            self._group.add(self._job)
 
     async def undo(self) -> None:
         self._jobs.release_id(self._job.id)
         await self._streams.take_back(self._job)
 
     def make_final(self) -> None:
-        if self._group is not None:
-            self._group.add(self._job)
         self._jobs.start(self._job)
 
     async def clean(self) -> None:

@@ -1,6 +1,6 @@
 """Drivers: how nodes come to be, from a file name or from options, and the graph they stand in."""
 
-from blockd.drivers.graph import NodeGraph, check_blockdev
-from blockd.drivers.table import DRIVERS, FORMATS
+from blockd.drivers.graph import NodeGraph
+from blockd.drivers.table import DRIVERS, FORMATS, check_blockdev, unknown_format
 
-__all__ = ["DRIVERS", "FORMATS", "NodeGraph", "check_blockdev"]
+__all__ = ["DRIVERS", "FORMATS", "NodeGraph", "check_blockdev", "unknown_format"]

@@ -4,16 +4,17 @@ The image is a node of its own, of the driver `raw`: when everything is in it, t
 """
 
 import os
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import PurePath
 
 from blockd.aio import in_thread
-from blockd.block.image_paths import ImagePaths, without_protocol
+from blockd.block.image_paths import ImagePaths
 from blockd.block.node import BlockNode, ProtocolNode
-from blockd.block.options import Field, Fields, size, text
 from blockd.drivers.opening import Opening, Wanted
-from blockd.drivers.sharing import check_single_writer, files_of
+from blockd.drivers.sharing import files_of, folder_of
 from blockd.errors import BlockdError, RequestError, printable
+from blockd.filenames import basename, beside, plain, recordable
 from blockd.formats.add_cow import check as checking
 from blockd.formats.add_cow.create import CLUSTER_SIZE_DEFAULT, create
 from blockd.formats.add_cow.image import AddCowImage, read_header
@@ -21,9 +22,9 @@ from blockd.formats.check_report import CheckReport
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
 from blockd.protocols.file import FileNode
-from blockd.protocols.new_file import new_file
-
-CREATE_OPTIONS: Fields = {"image_file": Field(text), "cluster_size": Field(size)}
+from blockd.protocols.image_lock import LockMode
+from blockd.protocols.new_file import NewFile, new_file
+from blockd.protocols.opening import Find
 
 
 async def open_add_cow(opening: Opening, wanted: Wanted) -> AddCowImage:
@@ -45,7 +46,7 @@ async def _attach_given(opening: Opening, wanted: Wanted, overlay: AddCowImage) 
             f"The 'add-cow' driver needs a raw node as its image, and '{image.node_name}' is of driver "
             f"'{image.driver}'"
         )
-    check_single_writer(image, opening.nodes(), wanted.node_name, read_only=overlay.read_only)
+    await opening.check_file(image, wanted.node_name, "image", is_writable=not overlay.read_only)
     if image.read_only and not overlay.read_only:
         raise RequestError(f"The image '{image.node_name}' of '{wanted.node_name}' is read-only")
     identities = [file.identity() for node in (overlay, image) for file in files_of(node)]
@@ -57,8 +58,16 @@ async def _attach_given(opening: Opening, wanted: Wanted, overlay: AddCowImage) 
 # -- images by file name ------------------------------------------------------------------------
 
 
+async def attach_recorded(
+    opening: Opening, overlay: BlockNode, lock_mode: LockMode, above: Sequence[BlockNode]
+) -> None:
+    """Open the image that an add-cow file records, and attach it."""
+    assert isinstance(overlay, AddCowImage), "of this format"
+    await opening.attach_recorded_image(overlay, lock_mode, above)
+
+
 async def open_alone(file: ProtocolNode, node_name: str, read_only: bool) -> BlockNode:
-    """Open the add-cow file; `Opening` attaches the image."""
+    """Open the add-cow file; its image is attached by `attach_recorded`."""
     return await AddCowImage.open(file, node_name=node_name, read_only=read_only)
 
 
@@ -79,7 +88,7 @@ async def create_add_cow(
     Fails to: no image was made, and the file is no add-cow file.
     """
     name = _image_name(file.filename, image_file)
-    path = Path(file.filename).parent / name
+    path = beside(file.filename, name)
 
     async def make() -> None:
         await create(
@@ -92,21 +101,20 @@ async def create_add_cow(
         )
 
     if image_file is not None and await in_thread(os.path.exists, path):
-        await _check_size(str(path), size)
+        await _check_size(path, size)
         await make()
         return
-    async with new_file(str(path)) as image:
+    async with new_file(path) as image:
         await create_raw(image, size)
         await make()
+        if isinstance(file, NewFile):
+            file.beside += await in_thread(image.made_blocking)
 
 
 def _image_name(filename: str, told: object) -> str:
-    return Path(filename).with_suffix(".raw").name if told is None else without_protocol(str(told))
-
-
-def files_beside(filename: str, options: Mapping[str, object]) -> list[str]:
-    """The image that an add-cow file is made with."""
-    return [str(Path(filename).parent / _image_name(filename, options.get("image_file")))]
+    """As it is recorded: a name that is not told is that of the add-cow file, ending in ``.raw``."""
+    name = plain(PurePath(basename(filename)).with_suffix(".raw").name) if told is None else str(told)
+    return recordable(name, "image file")
 
 
 async def _check_size(path: str, wanted: int) -> None:
@@ -115,8 +123,8 @@ async def _check_size(path: str, wanted: int) -> None:
         raise RequestError(f"The image '{path}' has {found} bytes, and the disk is to have {wanted}")
 
 
-async def _size_of(path: str) -> int:
-    file = await FileNode.open(path, node_name="#image", read_only=True)
+async def _size_of(found: str | Find) -> int:
+    file = await FileNode.open(found, node_name="#image", read_only=True)
     try:
         return (await RawImage.open(file, node_name="#raw", read_only=True)).size
     finally:
@@ -127,8 +135,7 @@ async def check_add_cow(file: ProtocolNode) -> CheckReport:
     """Check an add-cow file against the image that it names."""
     header = await read_header(file)
     try:
-        path = await in_thread(ImagePaths().resolve, header.image.text, file.filename, "image file")
-        size = await _size_of(path)
+        size = await _size_of(partial(ImagePaths().find, header.image.text, folder_of(file), "image file"))
     except BlockdError as error:
         message = f"Could not open the image file of '{file.filename}': {error.message}"
         raise RequestError(printable(message), kind=error.kind) from error

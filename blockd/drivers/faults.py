@@ -1,15 +1,33 @@
-"""The options of the `faults` driver: rules in the words of QEMU's blkdebug, and delays of our own."""
+"""The options of the `faults` driver: those of QEMU's blkdebug, and delays of our own."""
 
 import errno
 from collections.abc import Iterator
+from functools import reduce
+from operator import or_
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode
-from blockd.block.options import Check, Field, Fields, Options, array, choice, flag, integer, node, record
+from blockd.block.options import (
+    INT32_MAX,
+    Check,
+    Field,
+    Fields,
+    Options,
+    array,
+    choice,
+    flag,
+    integer,
+    node,
+    record,
+    size,
+    small_size,
+)
+from blockd.block.permissions import Access, Permission
 from blockd.drivers.opening import Opening, Wanted
 from blockd.errors import RequestError
 from blockd.filters.fault_rules import DEFAULT_IO_TYPES, Fault, FaultRules, IoType, Rule, StateRule
-from blockd.filters.faults import FaultsNode
+from blockd.filters.faults import BlkdebugNode, FaultsNode
+from blockd.filters.request_limits import RequestLimits
 
 DELAY_MS_MAX = 3_600_000
 
@@ -25,6 +43,9 @@ _STATE: Fields = {
     "state": Field(integer),
     "new_state": Field(integer, is_required=True),
 }
+_LIMITS = [name.replace("_", "-") for name in RequestLimits._fields]
+_PERMISSION_NAMES = {str(one).replace(" ", "-"): one for one in Permission if one}
+_PERMISSIONS = array(choice(*_PERMISSION_NAMES))
 
 
 def _rules(fields: Fields) -> Check:
@@ -37,6 +58,10 @@ FAULTS: Fields = {
     "inject-error": Field(_rules({**_RULE, "errno": Field(integer), "immediately": Field(flag)})),
     "delay": Field(_rules({**_RULE, "milliseconds": Field(integer, is_required=True)})),
     "set-state": Field(_rules(_STATE)),
+    "align": Field(size),
+    **{name: Field(small_size) for name in _LIMITS[1:]},
+    "take-child-perms": Field(_PERMISSIONS),
+    "unshare-child-perms": Field(_PERMISSIONS),
 }
 
 
@@ -53,8 +78,41 @@ async def open_faults(opening: Opening, wanted: Wanted) -> BlockNode:
             for given in _each(wanted, "set-state")
         ],
     )
-    image = await opening.file(wanted, "image")
-    return opening.add(FaultsNode(image, rules, node_name=wanted.node_name))
+    limits = _limits(wanted)
+    access = Access(_permissions(wanted, "take-child-perms"), ~_permissions(wanted, "unshare-child-perms"))
+    image = await opening.file(wanted, "image", is_shared=True)
+    node_class = BlkdebugNode if wanted.options["driver"] == BlkdebugNode.driver else FaultsNode
+    return opening.add(
+        node_class(image, rules, node_name=wanted.node_name, limits=limits, more_access=access)
+    )
+
+
+def _limits(wanted: Wanted) -> RequestLimits:
+    """The limits of requests, each in whole units of another one.
+
+    Raises:   RequestError: they do not fit each other.
+    """
+    given = RequestLimits(*(_number(wanted.options, name) for name in _LIMITS))
+    limits = given._replace(align=max(given.align, 1))
+    units = RequestLimits(
+        limits.align,
+        max_transfer=limits.align,
+        opt_write_zero=limits.align,
+        max_write_zero=max(limits.opt_write_zero, limits.align),
+        opt_discard=limits.align,
+        max_discard=max(limits.opt_discard, limits.align),
+    )
+    for name, limit, unit in zip(_LIMITS, limits, units, strict=True):
+        is_power = name != "align" or not limit & (limit - 1)
+        if limit >= INT32_MAX or limit % unit or not is_power:
+            raise RequestError(f"Cannot meet constraints with {name} {limit}")
+    return limits
+
+
+def _permissions(wanted: Wanted, option: str) -> Permission:
+    names = wanted.options.get(option, [])
+    assert isinstance(names, list)
+    return reduce(or_, (_PERMISSION_NAMES[name] for name in names), Permission.NONE)
 
 
 def _each(wanted: Wanted, name: str) -> Iterator[Options]:

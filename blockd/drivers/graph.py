@@ -1,4 +1,4 @@
-"""The node graph: every node by its name, who uses it, and when it goes.
+"""The node graph: every node by its name, who uses it and may do what to it, and when it goes.
 
 A node stays while anyone needs it: a node above it, a user (a device, an export, a job), or the
 client who added it by options and has not removed it. What nobody needs any more is closed, the
@@ -7,41 +7,42 @@ upper nodes before the lower ones.
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 from itertools import count
 from types import MappingProxyType
 from typing import TypeVar
 
-from blockd.aio import in_thread
-from blockd.block.chain import format_of, unfiltered
-from blockd.block.image_paths import ImagePaths, without_protocol
-from blockd.block.node import BlockNode, FilterNode, OverlayNode, ProtocolNode
-from blockd.block.options import Options, check_options
-from blockd.drivers.opening import Opening, Restored
-from blockd.drivers.sharing import check_chain, check_single_writer, check_unshared, file_of, files_of
-from blockd.drivers.table import DRIVERS, FORMATS, copy_on_read
+from blockd.aio import Turns, uninterrupted
+from blockd.block.chain import unfiltered
+from blockd.block.image_paths import ImagePaths
+from blockd.block.moving import Move
+from blockd.block.node import BlockNode, FilterNode, OverlayNode
+from blockd.block.options import Options
+from blockd.block.pins import unpinned
+from blockd.drivers.nodes import Nodes
+from blockd.drivers.opening import Opening, Restored, checked_overlay
+from blockd.drivers.permissions import check_acyclic
+from blockd.drivers.sharing import check_chain, check_unshared, files_of
+from blockd.drivers.table import DRIVERS, FORMATS, check_blockdev, copy_on_read
+from blockd.drivers.uses import Plan
 from blockd.errors import BlockdError, ErrorKind, RequestError
+from blockd.filenames import given_path
+from blockd.filters.throttle import unthrottled_files
 from blockd.filters.throttle_group import ThrottleGroup
-from blockd.protocols.file_status import status_of_name
-from blockd.protocols.image_lock import LockMode
+from blockd.formats.raw.image import RawImage
+from blockd.formats.raw.part import RawPart
+from blockd.found_files import FoundFile
+from blockd.protocols.image_lock import LockMode, Use
+from blockd.protocols.opening import Find
 
 log = logging.getLogger(__name__)
 
 COPY_ON_READ_PREFIX = "blkstream:"
-
 Result = TypeVar("Result")
-
-
-def check_blockdev(options: Mapping[str, object], *, is_text: bool, path: str = "") -> Options:
-    """Check BlockdevOptions without opening anything; `is_text`: all values are strings still.
-
-    `path`: where they stand, for errors.
-
-    Raises:   RequestError: an option is unknown, missing or of the wrong type.
-    """
-    fields = {name: driver.fields for name, driver in DRIVERS.items()}
-    return check_options(options, fields, is_text=is_text, path=path)
+# Opens a node of an earlier run; see `NodeGraph.restore`.
+Attempt = Callable[[Restored, Callable[[], Awaitable[None]]], Awaitable[bool]]
 
 
 class NodeGraph:
@@ -52,25 +53,30 @@ class NodeGraph:
         paths: ImagePaths | None = None,
         find_throttle_group: Callable[[str], ThrottleGroup] | None = None,
     ) -> None:
-        self._paths = paths or ImagePaths()
+        self.image_paths = paths or ImagePaths()
         self.find_throttle_group = find_throttle_group or _no_throttle_group
-        self._nodes: dict[str, BlockNode] = {}
+        self._nodes = Nodes()
         self._users: dict[str, list[str]] = {}
+        self.permissions = self._nodes.permissions
         # Nodes that stay without being used: those added by options, and new ones until their first user.
         self._added: set[str] = set()
         self._awaiting_user: set[str] = set()
+        # What lost a user, or never had one: all that may be unused.
+        self._suspects: dict[BlockNode, None] = {}
         # Only one change at a time: what an opening has checked still holds when it is done.
         self._lock = asyncio.Lock()
         self._generated_names = self._generate_names()
-        # What each node was told that was opened by options.
+        # What each node was told that was opened by options, and which were told to be read-only.
         self._options: dict[str, Options] = {}
+        self._unclosed: dict[str, BlockNode] = {}
+        self._told_read_only: set[str] = set()
 
     # -- looking ------------------------------------------------------------------------------
 
     @property
-    def nodes(self) -> Mapping[str, BlockNode]:
-        """All nodes by name, in the order they were opened."""
-        return MappingProxyType(self._nodes)
+    def nodes(self) -> Nodes:
+        """All nodes by name, in the order they were opened; they come and go here only."""
+        return self._nodes
 
     def __getitem__(self, node_name: str) -> BlockNode:
         """Find a node.
@@ -81,12 +87,9 @@ class NodeGraph:
             raise RequestError(f"Failed to find node with node-name='{node_name}'")
         return self._nodes[node_name]
 
-    def parents(self, node: BlockNode) -> Iterator[tuple[BlockNode, str]]:
+    def parents(self, node: BlockNode) -> list[tuple[BlockNode, str]]:
         """The nodes right above, each with the role in which it uses `node`: ``file``, ``backing``."""
-        for parent in self._nodes.values():
-            for role, child in parent.children().items():
-                if child is node:
-                    yield parent, role
+        return self._nodes.parents(node)
 
     def users(self, node: BlockNode) -> list[str]:
         """Who uses a node, other nodes left out."""
@@ -107,15 +110,26 @@ class NodeGraph:
     def set_options(self, node: BlockNode, options: Mapping[str, object]) -> None:
         """Keep what a node was told since."""
         self._options[node.node_name] = dict(options)
+        self._nodes.touch(node)
+
+    def is_told_read_only(self, node: BlockNode) -> bool:
+        """Whether somebody has said that a node is read-only; others are so for being backing files."""
+        return node.node_name in self._told_read_only
+
+    def tell_read_only(self, node: BlockNode, is_told: bool) -> None:
+        """Keep what was said of a node since."""
+        (self._told_read_only.add if is_told else self._told_read_only.discard)(node.node_name)
+        self._nodes.touch(node)
+
+    def require_liftable(self, node: BlockNode) -> None:
+        """Refuse to write, for a while, to an image that somebody has made read-only."""
+        image = unfiltered(node)
+        if image.read_only and any(map(self.is_told_read_only, [image, *self.owned_parts(image)])):
+            raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
 
     def is_added(self, node: BlockNode) -> bool:
         """Whether a node was added by options and stays until `remove`."""
         return node.node_name in self._added
-
-    @property
-    def allowed_files(self) -> list[str]:
-        """The files that users have named, and images may name therefore."""
-        return self._paths.allowed_files
 
     def generate_name(self) -> str:
         """Make a node name that is not in use."""
@@ -166,15 +180,17 @@ class NodeGraph:
         Fails to: nothing was opened.
         """
         plain = filename.removeprefix(COPY_ON_READ_PREFIX)
-        path = without_protocol(plain)
+        path = given_path(plain)
 
         async def work(opening: Opening) -> BlockNode:
-            await in_thread(self._paths.allow_file, path)
             name = opening.claim_name(node_name)
             image_name = name if plain == filename else opening.claim_name()
+            opening.require_format(format_name, path)
+            find = partial(FoundFile.find, path)
             image = await opening.open_image(
-                path, format_name, image_name, read_only=read_only, lock_mode=lock_mode
+                find, format_name, image_name, read_only=read_only, lock_mode=lock_mode
             )
+            opening.allow(image)
             if has_backing:
                 await opening.open_recorded_backing(image, lock_mode)
             return image if plain == filename else opening.add(copy_on_read(image, name))
@@ -184,95 +200,98 @@ class NodeGraph:
         return node
 
     async def open_overlay(
-        self, filename: str, format_name: str, active: BlockNode, *, node_name: str | None = None
+        self,
+        filename: str,
+        format_name: str,
+        active: BlockNode,
+        *,
+        node_name: str | None = None,
+        find: Find | None = None,
     ) -> OverlayNode:
-        """Open an image that records `active` as its backing file, and put it on top of that.
+        """Open an image that records `active` as its backing file, to be put on top of that.
+
+        `find`: finds the file; without it, the name does.
 
         It stays until its last user leaves.
 
         Raises:   RequestError: it is no image, no overlay of `active`, smaller, or one image too many.
         Fails to: nothing was opened.
         """
-        path = without_protocol(filename)
+        path = given_path(filename)
 
         async def work(opening: Opening) -> OverlayNode:
-            await in_thread(self._paths.allow_file, path)
             name = opening.claim_name(node_name)
-            image = await opening.open_image(path, format_name, name, read_only=False)
-            overlay = await self._checked_overlay(image, active)
-            overlay.backing = active
-            check_chain(overlay)
+            opening.require_format(format_name, path)
+            found = find or partial(FoundFile.find, path)
+            image = await opening.open_image(found, format_name, name, read_only=False)
+            opening.allow(image)
+            overlay = await checked_overlay(self.image_paths, image, active)
+            check_chain(overlay, active)
             return overlay
 
         overlay = await self._join(work)
         self._awaiting_user.add(overlay.node_name)
         return overlay
 
-    async def _checked_overlay(self, image: BlockNode, active: BlockNode) -> OverlayNode:
-        if not isinstance(image, OverlayNode) or not image.backing_filename:
-            raise RequestError(
-                f"'{image.filename}' has no backing file; it must be an overlay of '{active.filename}'"
-            )
-        backing = await in_thread(self._paths.resolve, image.backing_filename, image.filename)
-        file = file_of(active)
-        if file is None or await in_thread(_identity, backing, image.filename) != file.identity():
-            raise RequestError(
-                f"The backing file of '{image.filename}' is '{backing}', not the active image "
-                f"'{active.filename}'"
-            )
-        if image.backing_format not in (None, format_of(active)):
-            raise RequestError(
-                f"'{image.filename}' records the format '{image.backing_format}' for its backing file "
-                f"'{active.filename}', which is '{format_of(active)}'"
-            )
-        if image.size < active.size:
-            raise RequestError(
-                f"'{image.filename}' has {image.size} bytes, fewer than the {active.size} of "
-                f"'{active.filename}'"
-            )
-        return image
-
-    async def restore(self, nodes: Sequence[Restored], allowed_files: Iterable[str]) -> None:
+    async def restore(
+        self, nodes: Sequence[Restored], allowed_files: Iterable[str], attempt: Attempt
+    ) -> None:
         """Open the nodes of an earlier run, each after those below it; then see that all have users.
 
-        The graph has to be empty.
+        The graph has to be empty. `attempt` opens one node and tells whether it is there; it decides what
+        becomes of errors.
 
-        Raises:   RequestError, ImageError, StorageError: a node cannot be opened.
-        Fails to: nothing was opened.
+        Raises:   what `attempt` raises; what was opened before stays open.
         """
-        for filename in allowed_files:
-            await in_thread(self._paths.allow_file, filename)
         names = {node.node_name for node in nodes}
         self._generated_names = (name for name in self._generate_names() if name not in names)
+        names_before = {*allowed_files}
+        for filename in names_before:
+            self.image_paths.allow(filename)
 
-        async def work(opening: Opening) -> None:
-            for node in nodes:
-                await opening.restore_node(node._replace(options=check_blockdev(node.options, is_text=False)))
+        async def open_one(node: Restored) -> None:
+            checked = check_blockdev(node.options, is_text=False)
+            restored = node._replace(options=checked)
+            # What was opened because an image names it is not thereby named by a user.
+            await self._join(lambda opening: opening.restore_node(restored), allows=names_before)
+            if node.is_added:
+                self._added.add(node.node_name)
 
-        # What was opened because an image names it is not thereby named by a user.
-        await self._join(work, paths=self._paths.copy())
-        self._added.update(node.node_name for node in nodes if node.is_added)
+        are_there = [await attempt(node, partial(open_one, node)) for node in nodes]
+        if all(are_there):
+            for filename in names_before:
+                self.image_paths.disallow(filename)
 
     async def _join(
-        self, work: Callable[[Opening], Awaitable[Result]], *, paths: ImagePaths | None = None
+        self, work: Callable[[Opening], Awaitable[Result]], *, allows: Container[str] | None = None
     ) -> Result:
-        """Let `work` open nodes; they join the graph when all of it went well."""
+        """Let `work` open nodes; they join the graph when all of it went well.
+
+        Images may name the files that `work` was told to open (if given: those in `allows`), while they are.
+        """
         async with self._lock:
             opening = Opening(
                 DRIVERS,
                 FORMATS,
-                paths or self._paths,
+                ImagePaths(on=self.image_paths),
                 self._nodes,
                 self._generated_names,
                 find_throttle_group=self.find_throttle_group,
             )
             try:
                 result = await work(opening)
+                await opening.check_permissions()
             except BaseException:
                 await opening.close()
                 raise
-            self._nodes.update((opened.node_name, opened) for opened in opening.opened)
+            for opened in opening.opened:
+                self._nodes.add(opened)
+            self._suspects.update((node, None) for node in opening.opened if not self.parents(node))
             self._options.update(opening.options)
+            self._told_read_only |= opening.told_read_only
+            for file, location in opening.allowed.items():
+                if allows is None or location in allows:
+                    self.image_paths.allow(location, file)
             return result
 
     # -- reopening ----------------------------------------------------------------------------
@@ -287,33 +306,37 @@ class NodeGraph:
         async with self._lock:
             image = unfiltered(node)
             if image.read_only != read_only:
+                plan = self.reopening(image, read_only)
                 if not read_only:
                     self._check_may_write(image)
-                await self._reopen(image, read_only)
-                self.refresh_filters(image)
+                await self._nodes.locks.take(self.permissions.require(plan=plan))
+                try:
+                    await self._reopen(plan.read_only, read_only)
+                finally:
+                    self._nodes.refresh(*plan.read_only)
+                    self.refresh_filters(image)
 
     def _check_may_write(self, image: BlockNode) -> None:
         for role, below in image.children().items():
-            if role == "backing":
-                continue
-            if below.read_only and below.node_name in self._added:
+            if role != "backing" and below.read_only and below.node_name in self._added:
                 raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
-            check_single_writer(below, self._nodes.values(), image.node_name, read_only=False)
         for file in files_of(image):
-            check_unshared(file, self._nodes.values(), read_only=False)
+            check_unshared(file, self._nodes.same_files(file, read_only=False), Use.WRITING)
 
     def owned_parts(self, image: BlockNode) -> Iterator[BlockNode]:
         """The nodes that hold what an image is made of, unless they were added as nodes of their own."""
         for role, below in image.children().items():
             if role != "backing" and below.node_name not in self._added:
                 yield below
-                if not isinstance(below, ProtocolNode):
-                    yield from self.owned_parts(below)
+                yield from self.owned_parts(below)
 
-    async def _reopen(self, image: BlockNode, read_only: bool) -> None:
+    def reopening(self, image: BlockNode, read_only: bool) -> Plan:
+        """What becomes read-only or writable with an image, in the order in which that can be done."""
         nodes = [image, *(part for part in self.owned_parts(image) if part.read_only != read_only)]
-        if not read_only:
-            nodes.reverse()
+        return Plan({}, dict.fromkeys(nodes if read_only else nodes[::-1], read_only))
+
+    @uninterrupted
+    async def _reopen(self, nodes: Iterable[BlockNode], read_only: bool) -> None:
         async with AsyncExitStack() as undo:
             for node in nodes:
                 await node.reopen(read_only=read_only)
@@ -325,6 +348,7 @@ class NodeGraph:
         for parent, _ in self.parents(node):
             if isinstance(parent, FilterNode):
                 parent.stand_before(node)
+                self._nodes.refresh(parent)
                 self.refresh_filters(parent)
 
     # -- using --------------------------------------------------------------------------------
@@ -332,21 +356,51 @@ class NodeGraph:
     def add_user(self, node: BlockNode, user: str) -> None:
         """Note that `user` (words for people: ``device 'vda'``) needs a node."""
         self._users.setdefault(node.node_name, []).append(user)
+        self._nodes.touch(node)
         self._awaiting_user.discard(node.node_name)
 
     def remove_user(self, node: BlockNode, user: str) -> None:
         """Take that back; `close_unused` then closes the node if it was the last."""
         self._users[node.node_name].remove(user)
+        self._nodes.touch(node)
+        self._suspects[node] = None
 
-    def insert(self, node: BlockNode, user: str) -> None:
+    def insert(self, node: BlockNode, user: str, *others: str) -> None:
         """Take in a node that its user made and closes, such as the filter of a job."""
-        self._nodes[node.node_name] = node
-        self._users[node.node_name] = [user]
+        self._nodes.add(node)
+        self._users[node.node_name] = [user, *others]
 
-    def take_out(self, node: BlockNode) -> None:
-        """Forget a node that was inserted, without closing it."""
-        del self._nodes[node.node_name]
-        del self._users[node.node_name]
+    def take_out(self, node: BlockNode, user: str = "") -> list[str]:
+        """Forget a node that was inserted, without closing it; returns who else than `user` uses it."""
+        users = self._users[node.node_name]
+        self._forget(node)
+        return [other for other in users if other != user]
+
+    # -- linking ------------------------------------------------------------------------------
+
+    def connect(
+        self, parent: BlockNode, role: str, child: BlockNode | None, move: Move | None = None
+    ) -> None:
+        """Put a node below another one, in the place of what is there in that role; None: nothing.
+
+        `move`: what has an image go on in the file `child`.
+
+        Raises:   RequestError: `parent` would stand below itself.
+        """
+        if child is not None:
+            check_acyclic(parent, role, child)
+        if (before := parent.children().get(role)) is not None:
+            self._suspects[before] = None
+        if role == "backing":
+            parent.backing = child
+        elif move is not None:
+            move()
+        else:
+            assert isinstance(parent, FilterNode | RawImage | RawPart) and child is not None
+            parent.stand_before(child)
+        self._nodes.refresh(parent)
+        if role != "backing":
+            self.refresh_filters(parent)
 
     # -- closing ------------------------------------------------------------------------------
 
@@ -362,10 +416,16 @@ class NodeGraph:
                 raise RequestError(f"Node {node_name} is in use")
             if node_name not in self._added:
                 raise RequestError(f"Node {node_name} is not owned by the monitor")
-            if any(self.parents(node)):
+            if self.parents(node):
                 raise RequestError(f"Block device {node_name} is in use")
-            self._added.discard(node_name)
+            self.disown(node)
             await self._close_unused_locked()
+
+    def disown(self, node: BlockNode) -> None:
+        """Let a node go with its last user, though it was added by options."""
+        self._added.discard(node.node_name)
+        self._nodes.touch(node)
+        self._suspects[node] = None
 
     async def close_unused(self) -> None:
         """Close all nodes that nobody needs any more."""
@@ -373,42 +433,68 @@ class NodeGraph:
             await self._close_unused_locked()
 
     async def _close_unused_locked(self) -> None:
-        while unused := [node for node in self._nodes.values() if not self._is_needed(node)]:
-            await self._close(unused)
+        while self._suspects:
+            node, _ = self._suspects.popitem()
+            if self._nodes.get(node.node_name) is node and not self._is_needed(node):
+                self._forget(node)
+                await self._close_node(node)
 
     def _is_needed(self, node: BlockNode) -> bool:
-        kept = node.node_name in self._added or node.node_name in self._awaiting_user
-        return kept or bool(self.users(node)) or any(self.parents(node))
+        is_kept = node.node_name in self._added or node.node_name in self._awaiting_user
+        return is_kept or bool(self.users(node) or self.parents(node))
 
     async def close(self) -> None:
-        """Close every node; the graph is empty then."""
-        async with self._lock:
-            while self._nodes:
-                await self._close([node for node in self._nodes.values() if not any(self.parents(node))])
+        """Close every node, each as soon as those above it are closed; the graph is empty then.
 
-    async def _close(self, nodes: Iterable[BlockNode]) -> None:
-        for node in nodes:
-            del self._nodes[node.node_name]
-            self._users.pop(node.node_name, None)
-            self._options.pop(node.node_name, None)
-            self._added.discard(node.node_name)
-            self._awaiting_user.discard(node.node_name)
-            try:
+        So one that hangs keeps only those below it; `unclosed` tells.
+
+        Needs:    nobody opens or closes any more; who does hangs, and is not waited for.
+        """
+        closing: dict[BlockNode, asyncio.Task[None]] = {}
+        async with asyncio.TaskGroup() as tasks:
+            above = {node: [parent for parent, _ in self.parents(node)] for node in self._nodes.values()}
+            next_ones = [node for node, parents in above.items() if not parents]
+            turns = Turns()
+            while next_ones:
+                await turns.pass_on()
+                node = next_ones.pop()
+                below = self._nodes.below(node)
+                self._forget(node)
+                waited_for = [closing[parent] for parent in above[node]]
+                closing[node] = tasks.create_task(self._close_after(waited_for, node))
+                next_ones += [child for child in below if not self.parents(child) and child not in closing]
+
+    async def _close_after(self, closing: Sequence[asyncio.Task[None]], node: BlockNode) -> None:
+        self._unclosed[node.node_name] = node
+        if closing:
+            await asyncio.wait(closing)
+        await self._close_node(node)
+        del self._unclosed[node.node_name]
+
+    @property
+    def unclosed(self) -> list[str]:
+        """The files of the nodes that `close` is still closing."""
+        return sorted({file.filename for node in self._unclosed.values() for file in files_of(node)})
+
+    def _forget(self, node: BlockNode) -> None:
+        self._suspects.update(dict.fromkeys(self._nodes.below(node)))
+        self._nodes.remove(node)
+        self.image_paths.disallow(owner=node)
+        self._users.pop(node.node_name, None)
+        self._options.pop(node.node_name, None)
+        self._added.discard(node.node_name)
+        self._told_read_only.discard(node.node_name)
+        self._awaiting_user.discard(node.node_name)
+
+    async def _close_node(self, node: BlockNode) -> None:
+        await unpinned(node)
+        try:
+            with unthrottled_files(node):  # it may have to write more than the limits let pass in time
                 await node.close()
-            except BlockdError as error:
-                # Nobody is left who could act on it; the node is let go all the same.
-                log.error("closing node %s (%s) failed: %s", node.node_name, node.filename, error.message)
+        except BlockdError as error:
+            # Nobody is left who could act on it; the node is let go all the same.
+            log.error("closing node %s (%s) failed: %s", node.node_name, node.filename, error.message)
 
 
 def _no_throttle_group(name: str) -> ThrottleGroup:
     raise RequestError(f"Throttle group '{name}' does not exist")
-
-
-def _identity(path: str, image: str) -> tuple[int, int]:
-    """Device and inode of the backing file of `image`, which need not be one that may be opened."""
-    try:
-        return status_of_name(path).identity
-    except OSError as error:
-        raise RequestError(
-            f"Could not open backing file of '{image}': Could not open '{path}': {error.strerror}"
-        ) from error

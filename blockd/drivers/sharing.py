@@ -6,10 +6,13 @@ Raises:   RequestError, from every check: who is in the way of whom; nothing was
 from collections.abc import Iterable, Iterator
 from itertools import chain as joined
 
-from blockd.block.chain import chain
+from blockd.block.chain import chain, primary_child
 from blockd.block.node import BlockNode
 from blockd.errors import RequestError
+from blockd.found_files import AT_FDCWD, Folder
 from blockd.protocols.file import FileNode
+from blockd.protocols.image_lock import Use
+from blockd.protocols.used_file import UsedFile
 
 CHAIN_DEPTH_MAX = 64
 
@@ -18,8 +21,14 @@ def file_of(node: BlockNode) -> FileNode | None:
     """The file that holds the bytes of `node`, if it is one."""
     below: BlockNode | None = node
     while below is not None and not isinstance(below, FileNode):
-        below = below.children().get("file")
+        below = primary_child(below)
     return below
+
+
+def folder_of(node: BlockNode) -> Folder:
+    """What the names count from that an image records."""
+    file = file_of(node)
+    return Folder(node.filename, AT_FDCWD) if file is None else file.folder
 
 
 def files_of(node: BlockNode) -> Iterator[FileNode]:
@@ -31,30 +40,23 @@ def files_of(node: BlockNode) -> Iterator[FileNode]:
             yield from files_of(child)
 
 
-def check_unshared(file: FileNode, nodes: Iterable[BlockNode], *, read_only: bool) -> None:
-    """Two nodes may have the same file only if neither writes."""
+def use_of(file: FileNode) -> Use:
+    """What is done with a file: as far as it is used, or else whatever may be done."""
+    return file.use if isinstance(file, UsedFile) else Use.of(read_only=file.read_only)
+
+
+def check_unshared(file: FileNode, nodes: Iterable[BlockNode], use: Use) -> None:
+    """Two nodes may use the same file only if neither writes.
+
+    `use`: what is going to be done with `file`.
+    """
     for other in nodes:
-        if other is file or not isinstance(other, FileNode) or (other.read_only and read_only):
+        if other is file or not isinstance(other, FileNode) or not use.meets(use_of(other)):
             continue
         if other.identity() == file.identity():
             raise RequestError(
                 f"Could not open '{file.filename}': Failed to get \"write\" lock: "
                 f"the file is in use by node '{other.node_name}'"
-            )
-
-
-def check_single_writer(
-    file: BlockNode, nodes: Iterable[BlockNode], node_name: str, *, read_only: bool
-) -> None:
-    """Only one format, here `node_name`, may make sense of the same bytes once anyone writes them."""
-    for parent in nodes:
-        if parent.node_name == node_name or (parent.read_only and read_only):
-            continue
-        if file in parent.children().values():
-            role = f"(uses node '{file.node_name}' as 'file' child)"
-            raise RequestError(
-                f"Permission conflict on node '{file.node_name}': permissions 'write, resize' are both "
-                f"required by node '{parent.node_name}' {role} and unshared by node '{node_name}' {role}."
             )
 
 

@@ -4,11 +4,27 @@ While there is room, requests pass without waiting, as if the filter were not th
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
-from blockd.block.node import BlockNode, Buffer, FilterNode, Segment
+from blockd.block.chain import all_below
+from blockd.block.node import BlockNode, Buffer, FilterNode, ProtocolNode, Segment
 from blockd.extents import Kind
 from blockd.filters.throttle_group import Direction, ThrottleGroup
+
+
+@contextmanager
+def unthrottled(*nodes: BlockNode) -> Iterator[None]:
+    """Let everything pass for a while that is done to some nodes and to those below them."""
+    with ExitStack() as releases:
+        for node in dict.fromkeys(below for top in nodes for below in all_below(top)):
+            if isinstance(node, Throttle):
+                releases.enter_context(node.released())
+        yield
+
+
+def unthrottled_files(image: BlockNode) -> AbstractContextManager[None]:
+    """Let an image bring what it has in memory to its file; what it reads from a backing file still waits."""
+    return unthrottled(*(node for node in image.children().values() if isinstance(node, ProtocolNode)))
 
 
 class Throttle(FilterNode):
@@ -18,7 +34,7 @@ class Throttle(FilterNode):
 
     def __init__(self, child: BlockNode, group: ThrottleGroup, *, node_name: str) -> None:
         super().__init__(child, node_name=node_name)
-        self.is_released = False
+        self._release_count = 0
         self.group = group
         group.members.append(self)
 
@@ -36,12 +52,16 @@ class Throttle(FilterNode):
     @contextmanager
     def released(self) -> Iterator[None]:
         """Let everything pass for a while, so that a drain need not wait for the limits."""
-        before, self.is_released = self.is_released, True
+        self._release_count += 1
         self.group.release(self)
         try:
             yield
         finally:
-            self.is_released = before
+            self._release_count -= 1
+
+    @property
+    def is_released(self) -> bool:
+        return self._release_count > 0
 
     # -- reading ------------------------------------------------------------------------------
 

@@ -51,8 +51,9 @@ class Direction(IntEnum):
 class Member(Protocol):
     """A node whose requests are limited."""
 
-    # Its requests pass, for it is being drained; they are counted all the same.
-    is_released: bool
+    @property
+    def is_released(self) -> bool:
+        """Whether its requests pass, for it is being drained; they are counted all the same."""
 
 
 def check_limits(limits: Limits) -> None:

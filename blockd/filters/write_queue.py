@@ -4,8 +4,8 @@ A copy brings old data; a guest write brings new data, and always wins:
 
 - A guest write that covers a whole cluster cancels the copy of it, and goes on at once.
 - A guest write that covers part of a cluster waits for the copy, whose data it needs around it; while
-  somebody merges what is kept, it is kept instead and goes on at once (kept_parts.py).
-- What was kept lands on top of the copy: after the guest writes to its cluster that came before, and
+  somebody merges what is staged, it is staged instead and goes on at once (staged_writes.py).
+- What was staged lands on top of the copy: after the guest writes to its cluster that came before, and
   before those that come later, for it is older than they are.
 - A copy waits for guest writes and other copies of its clusters that came before it. What it then
   finds there it leaves alone: after waiting, the map is looked at again.
@@ -13,9 +13,10 @@ A copy brings old data; a guest write brings new data, and always wins:
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 
+from blockd.extents import Range, RangeSet
 from blockd.units import align_down, align_up
 
 
@@ -32,21 +33,30 @@ class Entry:
 
 
 class Copy(Entry):
-    """A copy, some clusters of which may have been cancelled."""
+    """A copy of some ranges of clusters, some of which may have been cancelled."""
 
-    def __init__(self, start: int, end: int, *, is_for_guest: bool) -> None:
-        super().__init__(start, end)
+    def __init__(self, ranges: Sequence[Range], *, is_for_guest: bool) -> None:
+        super().__init__(ranges[0][0], ranges[-1][1])
+        self.ranges = ranges
         self.is_for_guest = is_for_guest
-        self._cancelled: list[tuple[int, int]] = []
+        self._clusters = RangeSet(ranges)
+        self._cancelled = RangeSet()
+
+    def overlaps(self, start: int, end: int) -> bool:
+        return super().overlaps(start, end) and self._clusters.touches(start, end)
+
+    def clipped(self, start: int, end: int) -> Iterator[Range]:
+        """What is copied of a range, cancelled or not."""
+        return self._clusters.clipped(start, end)
 
     def cancel(self, start: int, end: int) -> None:
         """The copy of these clusters is no longer wanted."""
         if start < end and self.overlaps(start, end):
-            self._cancelled.append((start, end))
+            self._cancelled.add(start, end)
 
     def is_wanted(self, start: int, end: int) -> bool:
         """Whether all clusters of a range are."""
-        return not any(low < end and start < high for low, high in self._cancelled)
+        return not self._cancelled or not self._cancelled.touches(start, end)
 
     def brings(self, offset: int) -> bool:
         """Whether the cluster at `offset` is being copied."""
@@ -63,23 +73,35 @@ class WriteQueue:
         self._landings: list[Entry] = []
 
     @asynccontextmanager
-    async def copying(self, start: int, end: int, *, is_for_guest: bool = False) -> AsyncIterator[Copy]:
+    async def copying(self, ranges: Sequence[Range], *, is_for_guest: bool = False) -> AsyncIterator[Copy]:
         """Be the only copy of these clusters, with no guest write under way when it starts.
+
+        What lies between the ranges is nobody's business: guests write there as if there were no copy.
 
         `is_for_guest`: of what a guest is about to read, and no more.
 
-        Needs:    start and end are multiples of the cluster size.
+        Needs:    ranges in order; starts and ends are multiples of the cluster size.
         Cancel:   while waiting: nothing is entered.
         """
-        while (before := _overlapping([*self._writes, *self._copies], start, end)) is not None:
+        copy = Copy(ranges, is_for_guest=is_for_guest)
+        while (before := self._before_copy(copy)) is not None:
             await asyncio.shield(before.done)
-        copy = Copy(start, end, is_for_guest=is_for_guest)
         self._copies.append(copy)
         try:
             yield copy
         finally:
             self._copies.remove(copy)
             copy.done.set_result(None)
+
+    def _before_copy(self, copy: Copy) -> Entry | None:
+        """What a copy has to wait for."""
+        for write in self._writes:
+            if copy.overlaps(write.start, write.end):
+                return write
+        for other in self._copies:
+            if any(copy.overlaps(start, end) for start, end in other.clipped(copy.start, copy.end)):
+                return other
+        return None
 
     @asynccontextmanager
     async def writing(self, offset: int, end: int) -> AsyncIterator[None]:
@@ -100,16 +122,11 @@ class WriteQueue:
         needed = _overlapping_cluster(self._copies, self._partial_clusters(offset, end))
         return needed or _overlapping(self._landings, align_down(offset, self._cluster_size), end)
 
-    def uncopied(self, start: int, end: int) -> list[tuple[int, int]]:
+    def uncopied(self, start: int, end: int) -> list[Range]:
         """The parts of a range, in order, that no copy is under way for, but for those for guests."""
         parts = [(start, end)] if start < end else []
         for copy in (copy for copy in self._copies if not copy.is_for_guest):
-            parts = [
-                (low, high)
-                for before, after in parts
-                for low, high in ((before, min(after, copy.start)), (max(before, copy.end), after))
-                if low < high
-            ]
+            parts = [part for low, high in parts for part in _without(copy, low, high)]
         return parts
 
     def cancel_copies(self, start: int, end: int) -> None:
@@ -119,7 +136,7 @@ class WriteQueue:
 
     @asynccontextmanager
     async def landing(self, start: int, end: int) -> AsyncIterator[None]:
-        """Write what was kept of a cluster, between the guest writes before and those after.
+        """Write what was staged of a cluster, between the guest writes before and those after.
 
         Cancel:   while waiting: nothing is entered.
         """
@@ -151,6 +168,16 @@ def _entered(entries: list[Entry], start: int, end: int) -> Iterator[None]:
     finally:
         entries.remove(entry)
         entry.done.set_result(None)
+
+
+def _without(copy: Copy, start: int, end: int) -> Iterator[Range]:
+    """What of a range is not copied."""
+    for low, high in copy.clipped(start, end):
+        if start < low:
+            yield start, low
+        start = high
+    if start < end:
+        yield start, end
 
 
 def _overlapping(entries: Iterable[Entry], start: int, end: int) -> Entry | None:

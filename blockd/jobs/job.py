@@ -22,6 +22,8 @@ happened), and only then is the job reported as completed. A job knows nothing o
 Cancel:   `Job.cancel` cancels the task at whatever `run` awaits; `run` cleans up and lets
           CancelledError pass. `commit` is never cancelled: from there on the job completes.
           `Job.suspend` cancels it in the same way, and then the job has no end: nobody is told of one.
+Fails to: `supervise` is where every mistake of a job ends. Whatever raises what in whatever state, the job
+          fails, `clean` gives the guests their disk back, and the end is recorded and told.
 """
 
 import asyncio
@@ -32,8 +34,10 @@ from collections.abc import Awaitable, Callable
 from enum import StrEnum
 from typing import Protocol
 
-from blockd.errors import BlockdError, ErrorKind, RequestError, StorageError
-from blockd.jobs.states import TRANSITIONS, VERBS, JobStatus, JobVerb
+from blockd.errors import BlockdError, ErrorKind, Operation, RequestError, StorageError
+from blockd.few_lines import FewLines
+from blockd.jobs.group import JobGroup
+from blockd.jobs.states import TRANSITIONS, VERBS, JobStatus, JobType, JobVerb
 from blockd.ratelimit import RateLimit
 
 log = logging.getLogger(__name__)
@@ -66,11 +70,11 @@ class IoStatus(StrEnum):
 
 
 class JobObserver(Protocol):
-    """Who is told what happens to a job, in order; the methods must not raise."""
+    """Who is told what happens to a job, in order; what a method raises is logged, and the job goes on."""
 
     def status_changed(self, job: "Job") -> None: ...
 
-    def error_met(self, job: "Job", operation: str, action: Action) -> None: ...
+    def error_met(self, job: "Job", operation: Operation, action: Action) -> None: ...
 
     def pending(self, job: "Job") -> None:
         """The job waits for `finalize`."""
@@ -84,45 +88,10 @@ class JobObserver(Protocol):
 RecordEnd = Callable[["Job", Callable[[], None]], Awaitable[None]]
 
 
-class JobGroup:
-    """Jobs that complete together or not at all; each is told of its group before it is started."""
-
-    def __init__(self) -> None:
-        self._members: list[Job] = []
-        self._arrived_count = 0
-        self._all_arrived = asyncio.Event()
-
-    def add(self, job: "Job") -> None:
-        self._members.append(job)
-        job.group = self
-
-    @property
-    def is_finalized_by_itself(self) -> bool:
-        return all(job.auto_finalize for job in self._members)
-
-    async def meet(self) -> None:
-        """Return when all have done their work."""
-        self._arrived_count += 1
-        if self._arrived_count == len(self._members):
-            self._all_arrived.set()
-        await self._all_arrived.wait()
-
-    def finalize(self) -> None:
-        """One is finalized, so all are."""
-        for job in self._members:
-            job.finalize_asked.set()
-
-    def cancel(self) -> None:
-        """One failed or was cancelled: cancel the others."""
-        for job in self._members:
-            if job.can_be_cancelled:
-                job.cancel()
-
-
 class Job(ABC):
     """One piece of background work; `JobManager.start` brings it to life."""
 
-    type: str
+    type: JobType
 
     def __init__(
         self,
@@ -160,14 +129,16 @@ class Job(ABC):
         self._rate_limit = RateLimit(clock)
         self._rate_limit.set_speed(speed)
         self._ignored: StorageError | None = None
+        self._failures = FewLines(log)
         self._observer: JobObserver | None = None
         self._record_end: RecordEnd
         self._task: asyncio.Task[object] | None = None
         self._is_cancellable = True
         self._throttle: asyncio.Timeout | None = None
         self._resumed = asyncio.Event()
-        self.finalize_asked = asyncio.Event()
+        self._is_decided = asyncio.Event()
         self._has_ended = asyncio.Event()
+        self._has_paused_or_ended = asyncio.Event()
 
     # -- the work -----------------------------------------------------------------------------
 
@@ -189,26 +160,37 @@ class Job(ABC):
         Needs:    no I/O of the job is pending.
         """
         self.busy = False
+        self._end_if_asked()
         self._pause_if_asked()
         if byte_count and self.speed and not self.is_user_paused:
             await self._wait_for_rate(byte_count)
         else:
             await asyncio.sleep(0)
         while self.is_user_paused:
+            self._end_if_asked()
             self._pause_if_asked()
             self._resumed.clear()
             await self._resumed.wait()
         self.busy = True
 
-    async def handle_error(self, error: StorageError, operation: str) -> Action:
+    def _end_if_asked(self) -> None:
+        """Raise the cancellation that `cancel` or `suspend` asked for.
+
+        A task group whose own tasks fail at the same moment drops the cancellation it was sent.
+        """
+        if self.is_cancelled or self.is_suspended:
+            raise asyncio.CancelledError
+
+    async def handle_error(self, error: StorageError, operation: Operation) -> Action:
         """Apply the on-error policy to a failed ``read`` or ``write``.
 
         REPORT: the caller raises `error`. IGNORE: go on; the job fails at its end. STOP: returns
-        when the job is resumed; try the same again.
+        when the job is resumed; try the same again. A job that is to end has no policy any more.
         """
+        self._end_if_asked()
         action = self._action_for(error)
-        log.warning("job %s: %s failed, action %s: %s", self.id, operation, action, error.message)
-        self._tell().error_met(self, operation, action)
+        self._failures.warn("job %s: %s failed, action %s: %s", self.id, operation, action, error.message)
+        self._tell(lambda observer: observer.error_met(self, operation, action))
         if action is Action.IGNORE:
             self._ignored = self._ignored or error
         elif action is Action.STOP:
@@ -235,8 +217,23 @@ class Job(ABC):
             self._throttle = None
 
     def _interrupt_throttle(self) -> None:
-        if self._throttle is not None:
+        if self._throttle is not None and not self._throttle.expired():  # else it is interrupted already
             self._throttle.reschedule(asyncio.get_running_loop().time())
+
+    @property
+    def error_text(self) -> str | None:
+        """What clients are told of a job that has failed, or that was cancelled and has ended."""
+        if self.error is not None:
+            return self.error.brief if self.is_block_job else self.error.message
+        has_ended = self.status in (JobStatus.ABORTING, JobStatus.CONCLUDED)
+        return "Operation canceled" if self.is_cancelled and has_ended else None
+
+    @property
+    def error_detail(self) -> str | None:
+        """What else is known of an error: which image, what was done to it."""
+        if self.error is None or self.error.message == self.error_text:
+            return None
+        return self.error.message
 
     # -- the verbs ----------------------------------------------------------------------------
 
@@ -283,13 +280,21 @@ class Job(ABC):
 
     async def finalize(self) -> None:
         """Let a pending job commit; returns when it has ended."""
+        self.begin_to_finalize()
+        await self.wait_ended()
+
+    def begin_to_finalize(self) -> None:
+        """Let a pending job commit."""
         self._require(JobVerb.FINALIZE)
-        if self.finalize_asked.is_set() or self.is_cancelled:
+        members = self.group.members if self.group is not None else [self]
+        if self.is_to_commit or any(job.is_cancelled for job in members):
             raise self._refusal(JobVerb.FINALIZE)
-        self.finalize_asked.set()
-        if self.group is not None:
-            self.group.finalize()
-        await self._has_ended.wait()
+        for job in members:
+            job.decide_to_commit()
+
+    def decide_to_commit(self) -> None:
+        """Have the job commit when it comes to that: from here on it cannot be cancelled."""
+        self._is_decided.set()
 
     def dismiss(self) -> None:
         """Forget a concluded job (see `JobManager.dismiss`)."""
@@ -299,7 +304,7 @@ class Job(ABC):
     def suspend(self) -> None:
         """Stop the job where it is, to be started again in another run; one that commits ends first."""
         self.is_suspended = True
-        if self._is_cancellable:
+        if self._is_cancellable and not self.is_to_commit:
             if self.status is JobStatus.RUNNING:
                 self._move(JobStatus.PAUSED)
             if self._task is not None:
@@ -309,6 +314,10 @@ class Job(ABC):
         """Return when the job is concluded, its observer and `on_done` told, or when it is suspended."""
         await self._has_ended.wait()
 
+    async def wait_paused_or_ended(self) -> None:
+        """Return as `wait_ended`, or when the job has come to a pause, which may last."""
+        await self._has_paused_or_ended.wait()
+
     @property
     def is_block_job(self) -> bool:
         """Whether clients see it among the block jobs too, with their commands and events."""
@@ -316,17 +325,25 @@ class Job(ABC):
 
     @property
     def can_be_cancelled(self) -> bool:
-        return self.status in VERBS[JobVerb.CANCEL] and self._is_cancellable
+        is_open = self._is_cancellable and not self.is_to_commit and not self.is_suspended
+        return is_open and self.status in VERBS[JobVerb.CANCEL]
+
+    @property
+    def is_to_commit(self) -> bool:
+        """Whether it was decided, by a client or by the job's group, that the job commits."""
+        return self._is_decided.is_set()
 
     def _require(self, verb: JobVerb) -> None:
-        if self.status not in VERBS[verb]:
+        if self.status not in VERBS[verb] or self.is_suspended:
             raise self._refusal(verb)
 
     def _refusal(self, verb: JobVerb) -> RequestError:
         return RequestError(f"Job '{self.id}' in state '{self.status}' cannot accept command verb '{verb}'")
 
     def _pause_if_asked(self) -> None:
-        if self.is_user_paused and not self.busy and self.status is JobStatus.RUNNING:
+        """Pause a job at its pause point, unless it was told to end, which its task is about to see."""
+        is_to_pause = self.is_user_paused and not (self.is_cancelled or self.is_suspended)
+        if is_to_pause and not self.busy and self.status is JobStatus.RUNNING:
             self._move(JobStatus.PAUSED)
 
     def _unpause(self) -> None:
@@ -353,7 +370,7 @@ class Job(ABC):
         self._observer = observer
         self._is_cancellable = False
         self.status = JobStatus.CONCLUDED
-        self._has_ended.set()
+        self._set_ended()
 
     async def supervise(self) -> None:
         """Live from running to concluded; what the work raises ends here as `error`.
@@ -363,18 +380,30 @@ class Job(ABC):
         self._task = asyncio.current_task()
         try:
             if not self.is_suspended:
-                await self._live()
-                await self._end()
+                try:
+                    await self._live()
+                except Exception as error:
+                    self._fail_inside(error)
+                await self._restore()
+                await self._record_end(self, self._tell_end)
         finally:
-            self._has_ended.set()
+            self._set_ended()
+
+    def _set_ended(self) -> None:
+        self._has_ended.set()
+        self._has_paused_or_ended.set()
 
     async def _live(self) -> None:
+        """Do the work and commit it."""
         if await self._attempt(self._run_body):
             self._move(JobStatus.WAITING)
             if self.group is None or await self._attempt(self.group.meet):
                 self._move(JobStatus.PENDING)
                 if self._is_finalized_by_itself or await self._attempt(self._wait_for_finalize):
                     await self._attempt(self.commit, cancellable=False)
+
+    async def _restore(self) -> None:
+        """Put the graph back, whatever became of the work."""
         self.busy = False
         self._abort_if_failed()
         if self.group is not None and self.status is JobStatus.ABORTING:
@@ -382,14 +411,6 @@ class Job(ABC):
         if self.clean is not None:
             await self._attempt(self.clean, cancellable=False)
         self._abort_if_failed()
-
-    async def _end(self) -> None:
-        try:
-            await self._record_end(self, self._tell_end)
-        except Exception:
-            log.exception("job %s: its end could not be recorded", self.id)
-            if self.status not in (JobStatus.CONCLUDED, JobStatus.NULL):
-                self._tell_end()
 
     async def _run_body(self) -> None:
         await self.pause_point()
@@ -400,8 +421,8 @@ class Job(ABC):
     async def _wait_for_finalize(self) -> None:
         self.busy = False
         if not self.auto_finalize:
-            self._tell().pending(self)
-        await self.finalize_asked.wait()
+            self._tell(lambda observer: observer.pending(self))
+        await self._is_decided.wait()
 
     @property
     def _is_finalized_by_itself(self) -> bool:
@@ -415,43 +436,64 @@ class Job(ABC):
                 await step()
             if cancellable and self.is_cancelled:
                 await asyncio.sleep(0)  # a cancellation that came too late for `step` arrives here
-        except asyncio.CancelledError:
-            self._swallow_own_cancellation()
+        except asyncio.CancelledError as error:
+            self._take_cancellation(error)
         except BlockdError as error:
             self.error = self.error or error
-        except Exception:
-            log.exception("job %s: internal error", self.id)
-            self.error = self.error or BlockdError("internal error, see the log")
+        except Exception as error:
+            self._fail_inside(error)
         finally:
             self._is_cancellable = False
+        if cancellable and self.is_suspended and not self.is_to_commit:
+            raise asyncio.CancelledError  # an error that met the suspension is met again by the next run
         return self.error is None and not self.is_cancelled
 
-    def _swallow_own_cancellation(self) -> None:
-        """Go on after a cancellation that `cancel` asked for; pass on one that came from outside."""
-        if not self.is_cancelled or self._task is None or self._task.uncancel() > 0:
+    def _take_cancellation(self, error: asyncio.CancelledError) -> None:
+        """Go on after a cancellation that `cancel` asked for; pass on one that came from outside.
+
+        One that nobody sent to the job's task is a mistake of the work, which waited for what was cancelled.
+        """
+        assert self._task is not None, "only the job's own task takes steps"
+        if not self._task.cancelling():
+            self._fail_inside(error)
+        elif not self.is_cancelled or self._task.uncancel() > 0:
             raise asyncio.CancelledError
+
+    def _fail_inside(self, error: BaseException) -> None:
+        """Take a mistake of ours for the job's error: guests and other jobs have nothing to do with it."""
+        log.error("job %s: internal error in state %s", self.id, self.status, exc_info=error)
+        self.error = self.error or BlockdError("internal error, see the log")
 
     def _abort_if_failed(self) -> None:
         has_failed = self.error is not None or self.is_cancelled
         if has_failed and self.status is not JobStatus.ABORTING:
-            self._move(JobStatus.ABORTING)
+            self._set_status(JobStatus.ABORTING)
 
     def _tell_end(self) -> None:
-        self._tell().ended(self)
+        self._tell(lambda observer: observer.ended(self))
         if self.on_done is not None:
             try:
                 self.on_done(self)
             except Exception:
                 log.exception("job %s: its on_done failed", self.id)
-        self._move(JobStatus.CONCLUDED)
+        self._set_status(JobStatus.CONCLUDED)
         if self.auto_dismiss:
-            self._move(JobStatus.NULL)
+            self._set_status(JobStatus.NULL)
 
     def _move(self, status: JobStatus) -> None:
         assert status in TRANSITIONS[self.status], f"job {self.id}: {self.status} → {status}"
-        self.status = status
-        self._tell().status_changed(self)
+        self._set_status(status)
 
-    def _tell(self) -> JobObserver:
+    def _set_status(self, status: JobStatus) -> None:
+        """Change the status whatever the table says: the way to the end is open from wherever a bug led."""
+        self.status = status
+        if status is JobStatus.PAUSED:
+            self._has_paused_or_ended.set()
+        self._tell(lambda observer: observer.status_changed(self))
+
+    def _tell(self, tell: Callable[[JobObserver], None]) -> None:
         assert self._observer is not None, "the job was not started"
-        return self._observer
+        try:
+            tell(self._observer)
+        except Exception:
+            log.exception("job %s: its observer failed", self.id)

@@ -1,13 +1,17 @@
 """All jobs of the daemon: unique ids, and the task group that owns their tasks."""
 
 import asyncio
+import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from types import TracebackType
 from typing import Self
 
-from blockd.errors import RequestError
+from blockd.errors import BlockdError, RequestError
 from blockd.jobs.job import Job, JobObserver, RecordEnd
+from blockd.jobs.states import JobStatus
+
+log = logging.getLogger(__name__)
 
 _WELL_FORMED_ID = re.compile(r"[A-Za-z][A-Za-z0-9\-._]*", re.ASCII)
 
@@ -29,6 +33,7 @@ class JobManager:
         self._jobs: dict[str, Job] = {}
         self._claimed: set[str] = set()
         self._tasks = asyncio.TaskGroup()
+        self._beside: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
@@ -41,6 +46,7 @@ class JobManager:
         try:
             await self.stop_all()
         finally:
+            await self.stop_beside()
             await self._tasks.__aexit__(kind, error, trace)
 
     def __iter__(self) -> Iterator[Job]:
@@ -74,18 +80,40 @@ class JobManager:
         job.begin()
         self._tasks.create_task(job.supervise(), name=f"job {job.id}")
 
+    def run_beside(self, work: Coroutine[object, object, None]) -> asyncio.Task[None]:
+        """Do what no job waits for, and nobody is told the error of: cancelled by `stop_beside`."""
+        task = self._tasks.create_task(_supervised(work))
+        self._beside.add(task)
+        task.add_done_callback(self._beside.discard)
+        return task
+
+    async def stop_beside(self) -> None:
+        """Cancel what is done beside the jobs; returns when it is over."""
+        for task in self._beside:
+            task.cancel()
+        if self._beside:
+            await asyncio.wait(self._beside)
+
     async def _end(self, job: Job, tell: Callable[[], None]) -> None:
         """Have the end of a job recorded and told; then its id is free, unless it is to be dismissed."""
+        is_told = False
 
         def tell_and_forget() -> None:
+            nonlocal is_told
+            is_told = True
             tell()
             if job.auto_dismiss:
                 del self._jobs[job.id]
 
         if self._record_end is None:
             tell_and_forget()
-        else:
+            return
+        try:
             await self._record_end(job, tell_and_forget)
+        except Exception:
+            log.exception("job %s: its end could not be recorded", job.id)
+            if not is_told:
+                tell_and_forget()
 
     def add_concluded(self, job: Job) -> None:
         """Take in a job that ended in an earlier run and was not dismissed."""
@@ -107,3 +135,20 @@ class JobManager:
                 job.cancel()
         for job in self:
             await job.wait_ended()
+            if not self.keeps_jobs and job.status is JobStatus.CONCLUDED:
+                self.dismiss(job)  # nobody can any more
+
+    @property
+    def keeps_jobs(self) -> bool:
+        """Whether jobs that have not ended with a run go on in the next one."""
+        return self._record_end is not None
+
+
+async def _supervised(work: Coroutine[object, object, None]) -> None:
+    """Do something whose failure is told by the log alone: jobs and guests go on."""
+    try:
+        await work
+    except BlockdError as error:
+        log.error("%s", error.message)
+    except Exception:
+        log.exception("what was done beside the jobs has failed")

@@ -10,6 +10,9 @@ Source:   QEMU documentation, QMP reference, "JobStatus" and "JobVerb".
 """
 
 from enum import StrEnum
+from typing import Literal
+
+JobType = Literal["stream", "create"]
 
 
 class JobStatus(StrEnum):

@@ -11,16 +11,18 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from blockd.aio import task_group
 from blockd.block.node import FillCounts, OverlayNode
 from blockd.errors import StorageError
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range
 from blockd.jobs.job import Action, Job, OnError
 from blockd.jobs.leeway import Leeway
+from blockd.jobs.narrowing import CHUNK_LENGTH, Failure, narrow
 from blockd.jobs.pace import Pace
 from blockd.units import GIB, MIB, align_down
 
@@ -36,6 +38,9 @@ APART_FACTOR = 4
 # How many copies of all streams together run at once, beyond one of each.
 COPY_COUNT_ALL = 8
 WINDOW_LENGTH = 512 * MIB
+# How many pieces one copy takes, and how far they may be spread, in times of what it may copy.
+PIECE_COUNT_MAX = 512
+SPREAD_FACTOR = 4
 # How many maps one round looks at: a sparse terabyte is walked without holding others up.
 SCAN_COUNT = 64
 # With a speed limit, a round copies what the limit allows in this time.
@@ -67,13 +72,16 @@ class StreamTarget(Protocol):
     guest_written: int
 
     @property
+    def copies_in_order(self) -> bool: ...
+
+    @property
     def guest_waits(self) -> GuestWaits: ...
 
     async def missing(self, offset: int, length: int) -> list[Extent]: ...
 
-    async def populate(self, offset: int, length: int) -> FillCounts: ...
+    async def populate(self, ranges: Sequence[Range]) -> FillCounts: ...
 
-    async def keep_writes(self) -> None: ...
+    async def run_staging(self) -> None: ...
 
     async def flush(self) -> None: ...
 
@@ -96,8 +104,10 @@ class _Round:
     pieces: deque[Extent]
     speed: int
     copier_count: int = 0
-    under_way: list[Extent] = field(default_factory=list)
-    failures: list[tuple[Extent, StorageError]] = field(default_factory=list)
+    # What is copied together.
+    under_way: list[list[Extent]] = field(default_factory=list)
+    # They end the round: what is under way is finished, and the policy is asked.
+    failures: list[Failure] = field(default_factory=list)
 
 
 class StreamJob(Job):
@@ -134,8 +144,12 @@ class StreamJob(Job):
         self.leeway = Leeway(COPY_LENGTH, COPY_COUNT, guest_latency_s)
         self._pace = Pace(COPY_LENGTH)
         self._target = target
+        self._copies_in_order = target.copies_in_order  # looked at once a round: it asks all nodes below
         self._base_filename = base_filename
         self._base_format = base_format
+        # Held by who changes these two, once or several times, and while they are recorded.
+        self._recording = asyncio.Lock()
+        self._keeping_count = 0
         self._clock = clock
         self._started = clock()
         self._checkpoint_at = CHECKPOINT_LENGTH
@@ -155,8 +169,8 @@ class StreamJob(Job):
 
     @property
     def seconds_left(self) -> float | None:
-        """How long the rest will take at the pace so far; None before anything can be said."""
-        if not self.offset:
+        """How long the rest will take at the pace so far; None at first, and while nothing happens."""
+        if not self.offset or self.is_user_paused:
             return None
         return (self._clock() - self._started) / self.offset * (self.length - self.offset)
 
@@ -166,7 +180,7 @@ class StreamJob(Job):
         async with task_group() as tasks:
             beside = [
                 tasks.create_task(self._make_checkpoints()),
-                tasks.create_task(self._target.keep_writes()),
+                tasks.create_task(self._target.run_staging()),
                 tasks.create_task(self._adapt_leeway()),
             ]
             try:
@@ -178,7 +192,28 @@ class StreamJob(Job):
 
     async def commit(self) -> None:
         await self._copy_rest()
-        await self._target.active.change_backing(self._base_filename, self._base_format)
+        async with self._recording:
+            await self._target.active.change_backing(self._base_filename, self._base_format)
+
+    def set_base(self, filename: str | None, backing_format: str | None) -> None:
+        """Have another backing file recorded at the end."""
+        self._base_filename, self._base_format = filename, backing_format
+
+    @asynccontextmanager
+    async def keeps_unrecorded(self) -> AsyncIterator[None]:
+        """Keep the job from recording its backing file, while that is being changed.
+
+        May be entered again inside, by the same user: there is one at a time.
+        """
+        if not self._keeping_count:
+            await self._recording.acquire()
+        self._keeping_count += 1
+        try:
+            yield
+        finally:
+            self._keeping_count -= 1
+            if not self._keeping_count:
+                self._recording.release()
 
     async def _flush(self) -> None:
         """Bring all copies to the disk while the policy can still act on errors: the rest is the header."""
@@ -213,9 +248,10 @@ class StreamJob(Job):
         offset, first = 0, None
         while offset < self.length:
             needed, offset = await self._scan(offset)
-            for piece in needed:
-                first = piece.offset if first is None else first
-                self._count(await self._target.populate(piece.offset, piece.length))
+            left = deque(needed)
+            while left:
+                first = left[0].offset if first is None else first
+                self._count(await self._target.populate(_ranges(self._take(left))))
         return first
 
     async def _stream(self) -> None:
@@ -232,12 +268,13 @@ class StreamJob(Job):
                 raise
             left = deque(needed)
             await self._copy(left)
-            end = min((piece.offset for piece in left), default=end)
-            self.counters.skipped += (
-                end
-                - offset
-                - sum(min(piece.end, end) - piece.offset for piece in needed if piece.offset < end)
-            )
+            if left:
+                end = min(piece.offset for piece in left)
+                needed = [piece for piece in needed if piece.offset < end]
+            copied = sum(piece.length for piece in needed)
+            if needed and needed[-1].end > end:
+                copied -= needed[-1].end - end
+            self.counters.skipped += end - offset - copied
             offset = end
             self.set_progress(offset, self.length)
             self._ask_for_checkpoint()
@@ -250,6 +287,10 @@ class StreamJob(Job):
             for extent in await self._target.missing(offset, self.length - offset):
                 offset = extent.end
                 if extent.kind is not Kind.DATA:
+                    continue
+                if extent.length <= piece_length and extent.length < budget:  # as the many small ones are
+                    pieces.append(extent)
+                    budget -= extent.length
                     continue
                 end = min(extent.end, extent.offset + budget)
                 for start in range(extent.offset, end, piece_length):
@@ -277,6 +318,7 @@ class StreamJob(Job):
         """
         while True:
             self._is_copying.set()
+            self._copies_in_order = self._target.copies_in_order
             StreamJob.copying_count += 1
             try:
                 async with task_group() as tasks:
@@ -287,6 +329,7 @@ class StreamJob(Job):
                 self._is_copying.clear()
             if not copying.failures:
                 return
+            self._tell_progress(copying)
             pieces.extendleft(reversed(await self._apply_policy(copying.failures)))
 
     def _start_copiers(self, copying: "_Round") -> None:
@@ -297,54 +340,94 @@ class StreamJob(Job):
 
     async def _copy_some(self, copying: "_Round") -> None:
         """Copy one piece after another, as long as there may be so many copiers."""
-        pieces, under_way = copying.pieces, copying.under_way
-        while pieces and not self.is_user_paused and self.speed == copying.speed:
-            piece = self._take_piece(pieces)
-            under_way.append(piece)
+        pieces = copying.pieces
+        while pieces and not copying.failures and not self.is_user_paused and self.speed == copying.speed:
+            taken = self._take(pieces)
+            copying.under_way.append(taken)
             began = self._clock()
             try:
-                self._count(await self._target.populate(piece.offset, piece.length))
+                self._count(await self._target.populate(_ranges(taken)))
             except StorageError as error:
-                copying.failures.append((piece, error))
-                continue  # nothing behind it counts as done
-            self._pace.note(piece.length, self._clock() - began)
-            under_way.remove(piece)
-            self.set_progress(under_way[0].offset if under_way else piece.end, self.length)
+                await self._fail(copying, taken, error)
+            else:
+                self._pace.note(sum(piece.length for piece in taken), self._clock() - began)
+                copying.under_way.remove(taken)
+            self._tell_progress(copying, taken[-1].end)
             await asyncio.sleep(0)  # guests have their turn before the next copy is prepared
             if copying.copier_count > self._copy_count():
                 break
             self._start_copiers(copying)
         copying.copier_count -= 1
 
+    async def _fail(self, copying: "_Round", taken: list[Extent], error: StorageError) -> None:
+        """Find where a copy fails; what is ignored counts as done, anything else ends the round there."""
+        is_ignored = self._action_for(error) is Action.IGNORE
+        cluster_size = self._target.active.cluster_size
+        failures = await narrow(self._populate, taken, cluster_size, error, finds_all=is_ignored)
+        if is_ignored:
+            copying.under_way.remove(taken)
+            for failure in failures:
+                await self.handle_error(failure.error, failure.error.operation)
+        else:
+            copying.failures += failures
+            copying.under_way[copying.under_way.index(taken)] = [Extent(failures[0].offset, 1, Kind.DATA)]
+
+    async def _populate(self, piece: Extent) -> None:
+        self._count(await self._target.populate(_ranges([piece])))
+
+    def _tell_progress(self, copying: "_Round", end: int = 0) -> None:
+        """All before what is under way is done; without any, all up to an end."""
+        self.set_progress(copying.under_way[0][0].offset if copying.under_way else end, self.length)
+
     def _copy_count(self) -> int:
         """How many copies of this stream may run now: what there is leeway for, and others leave to it."""
+        if self._copies_in_order:
+            return 1
         count = self.leeway.copy_count
         if self._target.active.copies_apart:
             count = max(1, count // 2)
         return min(count, max(1, COPY_COUNT_ALL // StreamJob.copying_count))
 
-    def _take_piece(self, pieces: deque[Extent]) -> Extent:
-        """Take the first piece, or as much of it as there is leeway for and a copy does in a moment."""
+    def _take(self, pieces: deque[Extent]) -> list[Extent]:
+        """Take the first pieces, as much as there is leeway for and a copy does in a moment.
+
+        Many small ones are copied together if they are not far from each other.
+        """
+        length = self._copy_length()
+        taken = [self._take_piece(pieces, length)]
+        start, left = taken[0].offset, length - taken[0].length
+        while pieces and len(taken) < PIECE_COUNT_MAX:
+            if left < pieces[0].length or pieces[0].end - start > SPREAD_FACTOR * length:
+                break
+            taken.append(pieces.popleft())
+            left -= taken[-1].length
+        return taken
+
+    def _take_piece(self, pieces: deque[Extent], length: int) -> Extent:
+        """Take the first piece, or as much of it as a copy may take."""
         piece = pieces.popleft()
-        cluster_size = self._target.active.cluster_size
-        length = min(self.leeway.copy_length, self._pace.length)
-        if self._target.active.copies_apart:
-            length *= APART_FACTOR
-        length = max(cluster_size, align_down(length, cluster_size))
         if piece.length <= length:
             return piece
         pieces.appendleft(Extent(piece.offset + length, piece.length - length, Kind.DATA))
         return Extent(piece.offset, length, Kind.DATA)
 
-    async def _apply_policy(self, failures: list[tuple[Extent, StorageError]]) -> list[Extent]:
-        """Tell which pieces to try again."""
-        for number, (_, error) in enumerate(failures):
-            action = await self.handle_error(error, error.operation)
-            if action is Action.REPORT:
-                raise error
-            if action is Action.STOP:
-                return [piece for piece, _ in failures[number:]]
-        return []
+    def _copy_length(self) -> int:
+        """How much there is leeway for, and is copied in a moment."""
+        cluster_size = self._target.active.cluster_size
+        length = min(self.leeway.copy_length, self._pace.length)
+        if self._copies_in_order:
+            length = CHUNK_LENGTH
+        elif self._target.active.copies_apart:
+            length *= APART_FACTOR
+        return max(cluster_size, align_down(length, cluster_size))
+
+    async def _apply_policy(self, failures: list[Failure]) -> list[Extent]:
+        """Act on the first failure; tells which pieces to try again then, in order of their offsets."""
+        first = min(failures, key=lambda failure: failure.offset)
+        if await self.handle_error(first.error, first.error.operation) is Action.REPORT:
+            raise first.error
+        again = (piece for failure in failures for piece in failure.pieces)
+        return sorted(again, key=lambda piece: piece.offset)
 
     async def _adapt_leeway(self) -> None:
         """Have the leeway follow what guests wait, as long as there are copies that could be the reason.
@@ -355,7 +438,8 @@ class StreamJob(Job):
         while True:
             await self._is_copying.wait()
             began, lag_s, tick_count = self._clock(), 0.0, 0
-            while (now := self._clock()) < began + LEEWAY_INTERVAL_S:
+            # However long this process itself has had to wait meanwhile.
+            while (now := self._clock()) < began + LEEWAY_INTERVAL_S or not tick_count:
                 await asyncio.sleep(TICK_S)
                 lag_s += max(0.0, self._clock() - now - TICK_S)
                 tick_count += 1
@@ -389,9 +473,13 @@ class StreamJob(Job):
                 continue
             copied = replace(self.counters)
             try:
-                # Of the image alone: what the filter keeps may have to wait for the source.
+                # Of the image alone: what the filter has staged may have to wait for the source.
                 await self._target.active.flush()
                 durable = copied
             except StorageError as error:
                 # The job's last step meets the same error and fails with it.
                 log.warning("job %s: checkpoint failed: %s", self.id, error.message)
+
+
+def _ranges(pieces: list[Extent]) -> list[Range]:
+    return [(piece.offset, piece.end) for piece in pieces]

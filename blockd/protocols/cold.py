@@ -18,6 +18,7 @@ import threading
 from collections.abc import Iterator
 
 from blockd.protocols import native_aio
+from blockd.protocols.opening import close_quietly
 from blockd.units import GIB, MIB
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,11 +53,17 @@ class FileEnd:
         # Behind the furthest write that is over; the file itself may be longer by the room.
         self.size = self._first_size = size
         self._room_end = 0
+        # Room was reserved up to here without an error: the file reaches as far unless somebody cuts it off.
+        self._reserved_end = 0
+        # How often the file may have become shorter.
+        self._cut_count = 0
         self._room_length = ROOM_LENGTH
         self._has_no_room = False
         self._is_room_due = False
         self._is_used = False
         self._growing_count = 0
+        # Something was written, or the file made longer or shorter, since the last sync began.
+        self.is_changed = False
         self._lock = threading.Lock()
         self._direct_count = 0
         self._clone_count = 0
@@ -75,10 +82,40 @@ class FileEnd:
         self._lock.release()
         return True
 
+    def begin_in_room_nowait(self, end: int) -> bool:
+        """Like `begin_nowait`, for a write up to `end`, inside the room; False: it is not.
+
+        A file that somebody has cut off stays too short, shorter than `least`.
+        """
+        if not self._lock.acquire(blocking=False):
+            return False
+        is_inside = self.is_in_room(end)
+        self._growing_count += is_inside
+        self._lock.release()
+        return is_inside
+
+    @property
+    def needs_sync(self) -> bool:
+        """Whether a sync has something to do."""
+        return self.is_changed or bool(self._growing_count)
+
+    def is_in_room(self, end: int) -> bool:
+        """Whether a write up to `end` lets the file end where the room does."""
+        return end < self._reserved_end
+
+    def least(self) -> tuple[int, int]:
+        """How long the file is at least, and which answer this is: the same unless it is made shorter.
+
+        A file that is found shorter after that was cut off by somebody else, unless the second has changed.
+        """
+        cut_count = self._cut_count
+        return max(self.size, self._reserved_end), cut_count
+
     def finish(self, offset: int, count: int) -> None:
         """A write that began is over: `count` bytes at `offset` are written."""
         with self._lock:
             self._growing_count -= 1
+            self.is_changed = True
             if count:
                 before, self.size = self.size, max(self.size, offset + count)
                 self._is_used = self._is_used or self.size > before
@@ -90,7 +127,9 @@ class FileEnd:
         """
         with self._lock:
             self.size = self._first_size = size
-            self._room_end = 0
+            self.is_changed = True
+            self._cut_count += 1
+            self._room_end = self._reserved_end = 0
             self._room_length = ROOM_LENGTH
 
     def wants_room_nowait(self, end: int) -> bool:
@@ -186,6 +225,8 @@ class FileEnd:
         room_end = end + max(ROOM_LENGTH, min(self._room_length, free // FREE_SHARE_MAX))
         if free < FREE_LENGTH_MIN or _libc.fallocate(fd, 0, start, room_end - start):
             self._has_no_room = True  # there is no such call here, or the disk is nearly full
+        else:
+            self._reserved_end = room_end
         self._room_end = room_end  # also then: a part of it may have been reserved
         self._room_length = min(2 * self._room_length, ROOM_LENGTH_MAX)
 
@@ -196,7 +237,9 @@ class FileEnd:
             self._is_room_due = False  # the write that was told so has perhaps failed
             if self._room_end <= self.size or self._growing_count or (unless_used and was_used):
                 return
-            with contextlib.suppress(OSError):  # then the file is longer than it need be
+            self._cut_count += 1
+            self._reserved_end = 0
+            with contextlib.suppress(OSError):  # then the file is longer than it has to be
                 if os.fstat(fd).st_size > self.size:  # not if somebody cut it: that must not be filled up
                     os.ftruncate(fd, self.size)
             self._room_end = 0
@@ -258,7 +301,7 @@ class ColdWriter:
         Needs:    no write is under way.
         """
         if self._direct_fd >= 0:
-            os.close(self._direct_fd)
+            close_quietly(self._direct_fd)
         self._direct_fd = _NOT_OPENED
 
 

@@ -17,11 +17,14 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from blockd.aio import to_its_end
+from blockd.aio import process_calls, to_its_end
 from blockd.block.accounting import all_guests
+from blockd.block.node import Segment, Source
+from blockd.block.zero_clusters import packed_end
 from blockd.errors import printable
 from blockd.protocols import copier_process as process
 from blockd.units import MIB
@@ -32,15 +35,17 @@ log = logging.getLogger(__name__)
 LANE_COUNT = 8
 # Less than this is copied sooner than it is asked for.
 LENGTH_MIN = 1 * MIB
-# Guests are at work that asked for something so lately.
-GUEST_TIME_S = 1.0
 START_TIMEOUT_S = 5.0
 THREAD_NAME = "blockd-copier"
-# So often it is started again after it did not end by itself.
+# So often it is started again after it did not end by itself; then once after some time.
 FAILURE_COUNT_MAX = 3
+RECOVERY_TIME_S = 60.0
 
 _ROOT = Path(__file__).parents[2]
-_PROGRAM = "import sys; sys.path.append(sys.argv[1]); from {} import main; main([*map(int, sys.argv[2:])])"
+_PROGRAM = (
+    "import sys; _, root, edition, *lanes = sys.argv; sys.path.append(root); from {} import main; "
+    "main(edition, [*map(int, lanes)])"
+)
 _NUMBER_SIZE = 8
 
 
@@ -59,25 +64,49 @@ class TargetFile(NamedTuple):
     locked_fd: int
 
 
+def file_segments(
+    source: list[Segment], length: int, fd_of: Callable[[Source], int | None]
+) -> list[FileSegment] | None:
+    """A plan in terms of open files, `length` bytes of it; None: not all of it is in files as it is."""
+    segments = []
+    for part in source:
+        fd = process.ZEROES if part.source is None else fd_of(part.source)
+        if fd is None:
+            return None
+        segments.append(FileSegment(fd, part.offset if part.source is not None else 0, part.length))
+    missing = length - sum(segment.length for segment in segments)
+    return [*segments, FileSegment(process.ZEROES, 0, missing)] if missing else segments
+
+
 class Copier:
     """The process while there is one, and the lanes to it.
 
     Locks:    `_lock` while the process is started, and by who attends to it: never by the event loop.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         # Those that nobody uses.
         self._lanes: list[socket.socket] = []
         # There as long as the process is.
         self._attendant: threading.Thread | None = None
         self._failure_count = 0
+        self._failed_at = 0.0
         self._lock = threading.Lock()
 
     @property
     def is_wanted(self) -> bool:
         """Whether copies should be made here: guests are at work, and it can be."""
-        is_quiet = time.monotonic_ns() - all_guests.last_ns > GUEST_TIME_S * 1e9
-        return not is_quiet and self._failure_count < FAILURE_COUNT_MAX
+        return all_guests.are_at_work and self._may_try()
+
+    def _may_try(self) -> bool:
+        """Whether it has not failed so often, or not lately: what was in the way may be gone."""
+        if self._failure_count < FAILURE_COUNT_MAX:
+            return True
+        return self._clock() >= self._failed_at + RECOVERY_TIME_S
+
+    def _note_failures(self, count: int) -> None:
+        self._failure_count, self._failed_at = min(count, FAILURE_COUNT_MAX), self._clock()
 
     @property
     def is_there(self) -> bool:
@@ -85,19 +114,31 @@ class Copier:
         return self._attendant is not None and self._attendant.is_alive()
 
     async def copy(
-        self, target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int
+        self,
+        target: TargetFile,
+        host_offset: int,
+        source: list[FileSegment],
+        cluster_size: int,
+        place_length: int = 0,
     ) -> list[int] | None:
         """Copy to `host_offset`, but for clusters that are all zeroes; tells at which positions those are.
+
+        `place_length`: the others go one right behind the other, and the copy ends when there is no more
+        place (`packed_end`).
 
         None: it was not done here, or not all of it.
 
         Needs:    memory of any address can be written directly to all these offsets and lengths.
         Cancel:   takes effect when nothing is written any more.
         """
-        request = _request(target, host_offset, source, cluster_size)
+        request = _request(target, host_offset, source, cluster_size, place_length)
         if request is None or not self.is_there or not self._lanes:
             return None
-        answer = await to_its_end(self._asked(*request))
+        under_way = process_calls.begin()
+        try:
+            answer = await to_its_end(self._asked(*request))
+        finally:
+            process_calls.finish(under_way)
         return answer[1:].tolist() if answer and answer[0] == process.DONE else None
 
     def _asked(self, request: "array.array[int]", files: list[int]) -> "asyncio.Future[array.array[int]]":
@@ -129,7 +170,7 @@ class Copier:
     def start_blocking(self) -> bool:
         """Have a process, and wait until it is there; False: there is none."""
         with self._lock:
-            if not self.is_there and self._failure_count < FAILURE_COUNT_MAX:
+            if not self.is_there and self._may_try():
                 self._start()
             return self.is_there
 
@@ -162,14 +203,14 @@ class Copier:
 
     def _give_up(self, lanes: list[socket.socket], reason: str) -> None:
         _close(lanes)
-        self._failure_count = FAILURE_COUNT_MAX
+        self._note_failures(FAILURE_COUNT_MAX)
         log.warning("no process could be started that copies beside guests, threads copy: %s", reason)
 
     def _attend(self, lanes: list[socket.socket], theirs: list[socket.socket]) -> None:
         """Have the process, from start to end. If this thread ended before, the kernel would end it."""
         program = _PROGRAM.format(process.__name__)
         fds = [lane.fileno() for lane in theirs]
-        command = [sys.executable, "-I", "-S", "-c", program, str(_ROOT), *map(str, fds)]
+        command = [sys.executable, "-I", "-S", "-c", program, str(_ROOT), process.EDITION, *map(str, fds)]
         try:
             with subprocess.Popen(
                 command,
@@ -180,7 +221,9 @@ class Copier:
             ) as child:
                 _close(theirs)
                 _, output = child.communicate()
-            reason = f"status {child.returncode}: {output.decode(errors='replace').strip()}"
+            # Of a traceback the last line says what went wrong.
+            *_, said = output.decode(errors="replace").strip().split("\n")
+            reason = f"status {child.returncode}: {said}"
         except OSError as error:
             _close(theirs)
             reason = str(error)
@@ -189,12 +232,14 @@ class Copier:
                 reason = ""
         if reason:
             with self._lock:
-                self._failure_count += 1
+                self._note_failures(self._failure_count + 1)
             log.warning("the process that copies beside guests ended, threads copy: %s", printable(reason))
 
 
-def written_end(length: int, zeroes: list[int], cluster_size: int) -> int:
+def written_end(length: int, zeroes: list[int], cluster_size: int, place_length: int = 0) -> int:
     """Where the last cluster of a copy ends that is not `zeroes`."""
+    if place_length:
+        return packed_end(length, zeroes, cluster_size, place_length) - len(zeroes) * cluster_size
     for position in reversed(zeroes):
         if position + cluster_size < length:
             break
@@ -203,12 +248,12 @@ def written_end(length: int, zeroes: list[int], cluster_size: int) -> int:
 
 
 def _request(
-    target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int
+    target: TargetFile, host_offset: int, source: list[FileSegment], cluster_size: int, place_length: int
 ) -> "tuple[array.array[int], list[int]] | None":
     """The copy as numbers and files; None: it is too large for that."""
     files = list(target)
     numbers = {process.ZEROES: process.ZEROES}
-    request = array.array("q", [cluster_size, host_offset])
+    request = array.array("q", [cluster_size, place_length, host_offset])
     for fd, offset, length in source:
         if fd not in numbers:
             numbers[fd] = len(files)

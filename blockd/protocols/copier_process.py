@@ -11,10 +11,12 @@ import os
 import select
 import signal
 import socket
+import sys
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from blockd import __version__
 from blockd.block.copy_memory import LENGTH as PIECE_LENGTH
 from blockd.block.copy_memory import copy_memory
 from blockd.block.zero_clusters import zero_clusters
@@ -33,6 +35,9 @@ IDLE_TIME_S = 5
 # What a message, and the kernel with one, takes at most.
 MESSAGE_LENGTH_MAX = 64 * 1024
 FILE_COUNT_MAX = 200
+# What the daemon and this program have to agree on: the program is read from its file whenever it is started,
+# and that may be of another blockd by then. The number goes up when messages change.
+EDITION = f"{__version__}-1"
 # The first number of what it says.
 READY, DONE, FAILED = range(3)
 # Stands for a file of zeroes.
@@ -46,15 +51,17 @@ _courtesy = Courtesy()
 class Copy:
     """A copy on its way.
 
-    A request is int64 numbers: the cluster size, where it goes in the target; then of each segment the
-    file's number, the offset in it, the length. Its `files` are the target for direct writes, the target as
-    the daemon has locked it, so that the lock lasts as long as anything may be written, and the sources.
+    A request is int64 numbers: the cluster size, how much place there is if clusters of zeroes are left out
+    of the target (0: their places are), where it goes there; then of each segment the file's number, the
+    offset in it, the length. A copy ends before the cluster that there is no place for. Its `files` are the
+    target for direct writes, the target as the daemon has locked it, so that the lock lasts as long as
+    anything may be written, and the sources.
     """
 
     def __init__(self, lane: socket.socket, request: "array.array[int]", files: list[int]) -> None:
         self._lane = lane
         self._files = files
-        self._cluster_size, self._host_offset, *segments = request
+        self._cluster_size, self._place_length, self._host_offset, *segments = request
         self._segments = deque(zip(segments[::3], segments[1::3], segments[2::3], strict=True))
         self._length = sum(length for _, _, length in self._segments)
         self._position = 0
@@ -89,12 +96,22 @@ class Copy:
         address = ctypes.addressof(ctypes.c_char.from_buffer(data))
         position = 0
         for zeroes in [*zero_clusters(data, self._cluster_size), len(data)]:
-            if position < zeroes:
-                place = self._host_offset + start + position
-                yield Write(self._files[0], place, address + position, zeroes - position)
+            place, count = self._place(start + position, zeroes - position)
+            if count:
+                yield Write(self._files[0], place, address + position, count)
+            if count < zeroes - position:
+                self._length = self._position  # there is no place for the rest
+                return
             if zeroes < len(data):
                 self._zeroes.append(start + zeroes)
             position = zeroes + self._cluster_size
+
+    def _place(self, position: int, length: int) -> tuple[int, int]:
+        """Where a run of clusters goes, and how much of it."""
+        if not self._place_length:
+            return self._host_offset + position, length
+        written = position - len(self._zeroes) * self._cluster_size
+        return self._host_offset + written, min(length, self._place_length - written)
 
     def _read_file(self, file: int, offset: int, data: memoryview) -> None:
         if file == ZEROES:
@@ -126,7 +143,10 @@ class Piece:
 
 
 class Pump:
-    """Copies what it is given, one copy after another; `memory`: for one piece each."""
+    """Copies what it is given, one copy after another; `memory`: for one piece each.
+
+    Raises:   OSError: the kernel does not take requests.
+    """
 
     def __init__(self, memory: list[memoryview]) -> None:
         self._free = memory
@@ -142,9 +162,10 @@ class Pump:
         """Read all of it and give it to the disk."""
         copy.user_count += 1
         while copy.length_left:
-            while not self._free:
-                self.wait()
-            self._pump_piece(Piece(copy, self._free.pop()))
+            if self._free:
+                self._pump_piece(Piece(copy, self._free.pop()))
+            else:
+                self.wait()  # the copy may have failed then
         self._leave_copy(copy)
 
     def _pump_piece(self, piece: Piece) -> None:
@@ -183,15 +204,24 @@ class Pump:
             copy.answer()
 
 
-def main(lane_fds: list[int]) -> None:
-    """Copy what comes over the lanes, until nobody is at their other ends or nothing has come for a while."""
+def main(edition: str, lane_fds: list[int]) -> None:
+    """Copy what comes over the lanes, until nobody is at their other ends or nothing has come for a while.
+
+    Not for a daemon of another `edition`: it would mean something else by the same numbers.
+    """
+    if edition != EDITION:
+        sys.exit(f"the blockd that runs ({edition}) is not the one that is installed ({EDITION}): restart it")
     _settle_down()
     lanes = {fd: socket.socket(fileno=fd) for fd in lane_fds}
     requests = select.poll()
     for fd in lanes:
         requests.register(fd, select.POLLIN)
     with contextlib.ExitStack() as held, contextlib.suppress(ConnectionError):
-        pump = Pump([held.enter_context(copy_memory.lent(PIECE_LENGTH)) for _ in range(PIECE_COUNT)])
+        memory = [held.enter_context(copy_memory.lent(PIECE_LENGTH)) for _ in range(PIECE_COUNT)]
+        try:
+            pump = Pump(memory)
+        except OSError as error:
+            sys.exit(f"no room for writes of its own: {error.strerror}")  # as when others have all of them
         lanes[lane_fds[0]].send(array.array("q", [READY]))
         while True:
             ready = requests.poll(0 if pump.is_writing else IDLE_TIME_S * 1000)

@@ -19,13 +19,16 @@ Source:   QEMU documentation, "Image locking"; fcntl(2), "Open file description 
 import asyncio
 import errno
 import fcntl
+import logging
 import os
 import struct
 from collections.abc import Awaitable, Callable
-from enum import Enum, IntFlag
+from enum import Enum, IntEnum, IntFlag
 from typing import NamedTuple
 
 from blockd.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 # What a daemon that was killed had copied by another process (copier.py) is written, and locked, a moment
 # longer than it lives; and it is perhaps started again at once.
@@ -70,14 +73,35 @@ NO_CLAIM = Claim(Permission(0), Permission(0))
 _CHANGES = Permission.WRITE | Permission.RESIZE
 
 
-def claim_for(mode: LockMode, *, read_only: bool) -> Claim:
+class Use(IntEnum):
+    """What an opener does with the file just now."""
+
+    NONE = 0
+    READING = 1
+    WRITING = 2
+
+    @staticmethod
+    def of(*, read_only: bool) -> "Use":
+        return Use.READING if read_only else Use.WRITING
+
+    def meets(self, other: "Use") -> bool:
+        """Whether two openers are in each other's way: a writer is alone."""
+        return Use.WRITING in (self, other) and Use.NONE not in (self, other)
+
+
+def claim_of(mode: LockMode, use: Use) -> Claim:
     """What an opener claims; also a reader does not want the file to change under it."""
-    if mode is LockMode.OFF:
+    if mode is LockMode.OFF or use is Use.NONE:
         return NO_CLAIM
     if mode is LockMode.FORCE_SHARE:
         return Claim(Permission.CONSISTENT_READ, Permission(0))
-    used = Permission.CONSISTENT_READ if read_only else Permission.CONSISTENT_READ | _CHANGES
+    used = Permission.CONSISTENT_READ if use is Use.READING else Permission.CONSISTENT_READ | _CHANGES
     return Claim(used, _CHANGES)
+
+
+def claim_for(mode: LockMode, *, read_only: bool) -> Claim:
+    """What an opener claims that is there to read, or also to write."""
+    return claim_of(mode, Use.of(read_only=read_only))
 
 
 def change_claim(fd: int, filename: str, before: Claim, wanted: Claim) -> None:
@@ -117,9 +141,14 @@ def hold(fd: int, filename: str, claim: Claim) -> None:
         try:
             _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_RDLCK, byte)
         except OSError as error:
-            in_use = error.errno in (errno.EAGAIN, errno.EACCES)
-            why = "" if in_use else f": {os.strerror(error.errno or errno.EIO)} (there is locking=off)"
-            raise RequestError(f"Could not open '{filename}': Failed to lock byte {byte}{why}") from error
+            raise _not_locked(filename, byte, error) from error
+
+
+def _not_locked(filename: str, byte: int, error: OSError) -> RequestError:
+    """Some filesystems have no locks, or none of this kind, and each says so in its own way."""
+    in_use = error.errno == errno.EAGAIN
+    why = "" if in_use else f": {os.strerror(error.errno or errno.EIO)} (there is locking=off)"
+    return RequestError(f"Could not open '{filename}': Failed to lock byte {byte}{why}")
 
 
 def _ask(fd: int, filename: str, claim: Claim) -> None:
@@ -129,7 +158,7 @@ def _ask(fd: int, filename: str, claim: Claim) -> None:
             ("", _UNSHARED_BYTE, permission in claim.used),
             ("shared ", _USED_BYTE, permission in claim.unshared),
         ):
-            if is_asked and _is_locked_by_others(fd, first_byte + permission.bit_length() - 1):
+            if is_asked and _is_locked_by_others(fd, filename, first_byte + permission.bit_length() - 1):
                 raise RequestError(
                     f"Could not open '{filename}': Failed to get {kind}\"{permission.text}\" lock. "
                     f"Is another process using the image [{filename}]?"
@@ -138,7 +167,10 @@ def _ask(fd: int, filename: str, claim: Claim) -> None:
 
 def _let_go(fd: int, held: Claim, kept: Claim) -> None:
     for byte in sorted({*_bytes(held)} - {*_bytes(kept)}):
-        _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+        try:
+            _fcntl(fd, fcntl.F_OFD_SETLK, fcntl.F_UNLCK, byte)
+        except OSError as error:  # closing the file ends it
+            log.debug("could not unlock byte %d: %s", byte, error.strerror)
 
 
 def _bytes(claim: Claim) -> list[int]:
@@ -149,9 +181,12 @@ def _bytes(claim: Claim) -> list[int]:
     ]
 
 
-def _is_locked_by_others(fd: int, byte: int) -> bool:
+def _is_locked_by_others(fd: int, filename: str, byte: int) -> bool:
     """Whether a write lock, which nobody ever takes, would meet another one's lock."""
-    answer = _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte)
+    try:
+        answer = _fcntl(fd, fcntl.F_OFD_GETLK, fcntl.F_WRLCK, byte)
+    except OSError as error:
+        raise _not_locked(filename, byte, error) from error
     return bool(_FLOCK.unpack(answer)[0] != fcntl.F_UNLCK)
 
 

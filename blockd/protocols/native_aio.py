@@ -11,7 +11,7 @@ Where the kernel does not take requests, as in a container that does not allow i
 import contextlib
 import ctypes
 import errno
-import platform
+import os
 import threading
 from typing import ClassVar, NamedTuple
 
@@ -32,7 +32,7 @@ class _Calls(NamedTuple):
 
 
 _NEWER = _Calls(0, 4, 2)
-_CALLS = {"x86_64": _Calls(206, 208, 209), "aarch64": _NEWER, "riscv64": _NEWER}.get(platform.machine())
+_CALLS = {"x86_64": _Calls(206, 208, 209), "aarch64": _NEWER, "riscv64": _NEWER}.get(os.uname().machine)
 
 
 class _Request(ctypes.Structure):

@@ -8,6 +8,7 @@ import errno
 from types import TracebackType
 from typing import Final, Self
 
+from blockd.aio import connected
 from blockd.errors import BlockdError, PeerError, RequestError, StorageError
 from blockd.extents import Extent, Kind
 from blockd.units import MIB
@@ -105,7 +106,8 @@ class NbdClient(asyncio.Protocol):
     async def connect_tcp(cls, host: str, port: int, export_name: str = "") -> Self:
         """Connect to a server over TCP and choose an export; raises as `connect_unix`."""
         try:
-            _, client = await asyncio.get_running_loop().create_connection(cls, host, port)
+            connection = await connected(host, port)
+            _, client = await asyncio.get_running_loop().create_connection(cls, sock=connection)
         except OSError as error:
             raise RequestError(f"Could not connect to '{host}' port {port}: {error.strerror}") from error
         return await client._choose(export_name)

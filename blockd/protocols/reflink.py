@@ -4,11 +4,12 @@ Filesystems that can do it are XFS, btrfs and some others; both files have to be
 cannot be cloned, the caller copies.
 """
 
+import contextlib
 import errno
 import fcntl
-import os
-import stat
 import struct
+
+from blockd.protocols.file_status import status_of_open
 
 _FICLONERANGE = 0x4020940D
 
@@ -33,17 +34,19 @@ class Cloner:
         """
         if any(bound % CLONE_ALIGNMENT for bound in bounds):
             return False
-        status = os.fstat(source_fd)
-        source = status.st_dev, status.st_ino
+        try:
+            status = status_of_open(source_fd)
+        except OSError:
+            return False
+        source = status.identity
         if source not in self._answers:
             answer = _clone_range(fd, 0, source_fd, _NOWHERE, CLONE_ALIGNMENT)
-            self._answers[source] = stat.S_ISREG(status.st_mode) and answer == errno.EINVAL
+            self._answers[source] = status.is_regular and answer == errno.EINVAL
         return self._answers[source]
 
-    def is_known_impossible(self, source_fd: int) -> bool:
-        """Whether it was found out before that it cannot be done with this source."""
-        status = os.fstat(source_fd)
-        return self._answers.get((status.st_dev, status.st_ino)) is False
+    def is_known_impossible(self, source: tuple[int, int]) -> bool:
+        """Whether it was found out before that it cannot be done with a source of this identity."""
+        return self._answers.get(source) is False
 
     def clone(self, fd: int, offset: int, source_fd: int, source_offset: int, length: int) -> bool:
         """Clone a range; False: it may hold anything.
@@ -55,9 +58,10 @@ class Cloner:
         """
         if not _clone_range(fd, offset, source_fd, source_offset, length):
             return True
-        status = os.fstat(source_fd)
-        if source_offset + length <= status.st_size:
-            self._answers[status.st_dev, status.st_ino] = False
+        with contextlib.suppress(OSError):
+            status = status_of_open(source_fd)
+            if source_offset + length <= status.size:
+                self._answers[status.identity] = False
         return False
 
 

@@ -6,21 +6,30 @@ full or the client does not take its replies; events cannot wait, so they have a
 
 Large messages are read and written in pieces with others' turns in between. Events that come while a reply
 is being written wait for its end.
+
+A browser connects to any port of its own machine and sends what a web page says, commands too, but behind a
+request line of HTTP. So a `strict` connection, which is one over TCP, ends with the first thing before its
+negotiation that is no JSON object.
 """
 
 import asyncio
 import contextlib
 import logging
 import select
-from collections.abc import Callable
-from typing import Final, Generic, TypeVar
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
+from blockd.freed_memory import give_back_soon
 from blockd.qmp.envelope import greeting, is_out_of_band
 from blockd.qmp.events import EventBus
+from blockd.qmp.late_commands import loading
 from blockd.qmp.session import Session
 from blockd.units import KIB, MIB
 from blockd.wire.qmp import Message, Value
 from blockd.wire.qmp.writer import PIECE_LENGTH, pack_message, pack_pieces
+
+if TYPE_CHECKING:
+    from blockd.wire.qmp.reader import JsonReader
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +45,7 @@ SLOW_READER_GRACE_S = 10.0
 FLUSH_TIMEOUT_S = 5.0
 # Parsed in one go, without other work in between.
 READ_LENGTH = 4 * KIB
+_JSON_WHITESPACE = b" \t\r\n"
 
 Context = TypeVar("Context")
 Streams = tuple[asyncio.StreamReader, asyncio.StreamWriter]
@@ -60,6 +70,7 @@ class Connection(Generic[Context]):
         name: str,
         pretty: bool = False,
         negotiation_timeout_s: float | None = None,
+        strict: bool = False,
     ) -> None:
         self.name = name
         self._session = session
@@ -67,6 +78,7 @@ class Connection(Generic[Context]):
         self._reader, self._writer = streams
         self._pretty = pretty
         self._negotiation_timeout_s = negotiation_timeout_s
+        self._is_strict = strict
         self._requests: asyncio.Queue[Message | _End] = asyncio.Queue(REQUEST_QUEUE_MAX)
         self._out_of_band = asyncio.Semaphore(OUT_OF_BAND_MAX)
         # Held while a reply is being written; `_held` are the events that wait for its end.
@@ -81,14 +93,18 @@ class Connection(Generic[Context]):
         """Serve the client until it has left and what it asked is answered.
 
         Cancel:   also cancels a command that is running for the client.
+        Raises:   BlockdError: what parses requests could not be loaded.
         """
         self._write(pack_message(greeting(), pretty=self._pretty))
         if self._negotiation_timeout_s is not None:
             self._after(self._negotiation_timeout_s, self._disconnect_unless_negotiated)
         try:
+            # Its grammar is compiled when there is somebody to listen to, and that one is greeted already.
+            with loading("the JSON reader"):
+                from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415
             with self._events.listening(self._on_event):
                 async with asyncio.TaskGroup() as group:
-                    receiver = group.create_task(self._receive())
+                    receiver = group.create_task(self._receive(JsonReader()))
                     await self._execute()
                     await self._flush()
                     receiver.cancel()
@@ -107,30 +123,42 @@ class Connection(Generic[Context]):
             self._requests.task_done()
         self._requests.put_nowait(_END)
 
-    async def _receive(self) -> None:
+    async def _receive(self, messages: "JsonReader") -> None:
         """Queue what the client sends until it sends no more; once stopping, only take it off the wire."""
         async with asyncio.TaskGroup() as out_of_band:
             try:
-                await self._read(out_of_band)
+                await self._read(messages, out_of_band)
             except OSError as error:
                 logger.debug("QMP client lost: client=%s error=%s", self.name, error)
         if not self._is_stopping:
             await self._requests.put(_END)
 
-    async def _read(self, out_of_band: asyncio.TaskGroup) -> None:
-        # Its grammar is compiled when there is somebody to listen to, and that one is greeted already.
-        from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415
-
-        stream, length = JsonReader(), 0
+    async def _read(self, messages: "JsonReader", out_of_band: asyncio.TaskGroup) -> None:
+        length = 0
+        has_begun = not self._is_strict
         while data := await self._reader.read(READ_LENGTH):
+            # Not left to the parser: a string that does not end is no error yet.
+            if not has_begun and (start := data.lstrip(_JSON_WHITESPACE)):
+                if not start.startswith(b"{"):
+                    self._refuse()
+                    return
+                has_begun = True
             length += len(data)
-            for message in stream.feed(data):
-                await self._take(message, out_of_band)
+            if await self._take_all(messages.feed(data), out_of_band):
                 if length > LARGE_MESSAGE_LENGTH:
                     await self._requests.join()
+                    give_back_soon()
                 length = 0
             await self._drain()
             await asyncio.sleep(0)  # a client that sends without pause must not keep others waiting
+
+    async def _take_all(self, messages: Iterable[Message], out_of_band: asyncio.TaskGroup) -> bool:
+        """Take what came at once; whether there was anything."""
+        is_any = False
+        for message in messages:
+            await self._take(message, out_of_band)
+            is_any = True
+        return is_any
 
     async def _take(self, message: Message, out_of_band: asyncio.TaskGroup) -> None:
         if self._is_stopping:
@@ -151,8 +179,16 @@ class Connection(Generic[Context]):
         while not isinstance(message := await self._requests.get(), _End):
             if self._has_left():
                 return
+            if self._is_strict and not self._session.is_negotiated and not isinstance(message, dict):
+                self._refuse()
+                return
             await self._reply(await self._session.answer(message))
+            del message  # it may be large, and the next one may be long in coming
             self._requests.task_done()
+
+    def _refuse(self) -> None:
+        logger.warning("QMP client sends something else than JSON, disconnecting it: client=%s", self.name)
+        self._writer.transport.abort()
 
     def _has_left(self) -> bool:
         """Tell whether the client closed the connection altogether, not just its sending half."""

@@ -8,11 +8,14 @@ Source:   QEMU documentation, "QAPI", "Client JSON Protocol introspection".
 """
 
 import json
+import typing
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+from pydantic import Field, GetJsonSchemaHandler, JsonValue, SerializerFunctionWrapHandler, model_serializer
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema
 
 from blockd.qmp.models import Members, Result
 from blockd.qmp.schema import Schema, arguments_schema, data_schema, result_schema
@@ -71,7 +74,7 @@ class ObjectMember(Members):
 
     name: str
     type: str
-    default: None = None
+    default: JsonValue = None
     """There, and null, if the member may be left out."""
     features: list[str] | None = None
     is_optional: bool = Field(False, exclude=True)
@@ -80,6 +83,13 @@ class ObjectMember(Members):
     def _with_default(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
         members: dict[str, Any] = serialize(self)
         return members | {"default": None} if self.is_optional else members
+
+    @classmethod
+    def __get_pydantic_json_schema__(
+        cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> JsonSchemaValue:
+        """Describe the members, not the mapping that they are made into."""
+        return handler(typing.cast(CoreSchema, {**core_schema, "serialization": None}))
 
 
 class ObjectVariant(Members):
@@ -271,7 +281,8 @@ class _Types:
         return self._add(ObjectInfo(name="", members=members, tag=tag, variants=variants))
 
     def _add(self, info: TypeInfo) -> str:
-        content = json.dumps(info.model_dump(mode="json"))
+        # As it is sent: there a member that may be left out differs from one that may not.
+        content = json.dumps(info.model_dump(mode="json", exclude_none=True))
         if content not in self._names:
             name = self._names[content] = self._new_name()
             self._types[name] = info.model_copy(update={"name": name})

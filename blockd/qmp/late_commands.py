@@ -7,14 +7,24 @@ are there waits for all of it.
 """
 
 import asyncio
-from collections.abc import Callable
+import errno
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar
 
 from blockd.aio import in_thread
+from blockd.errors import BlockdError
 
 if TYPE_CHECKING:
     from blockd.qmp.session import Session
     from blockd.qmp.table import CommandTable
+
+logger = logging.getLogger(__name__)
+
+# What the import of a sound module may raise, and of one that is missing or cut off.
+_EXPECTED = (OSError, ImportError, SyntaxError, MemoryError, EOFError)
 
 Context = TypeVar("Context")
 
@@ -38,6 +48,8 @@ class LateCommands(Generic[Context]):
         """Return the commands, loaded by then.
 
         Cancel:   takes effect when they are loaded.
+
+        Raises:   BlockdError: they could not be loaded; the next call tries again.
         """
         async with self._loading:
             if self._tables is None:
@@ -45,6 +57,30 @@ class LateCommands(Generic[Context]):
             return self._tables
 
     def _load_all(self) -> Tables[Context]:
-        from blockd.qmp.session_commands import SESSION_COMMANDS  # noqa: PLC0415
+        with loading("the commands"):
+            from blockd.qmp.session_commands import SESSION_COMMANDS  # noqa: PLC0415
 
-        return Tables(self._load(), SESSION_COMMANDS)
+            return Tables(self._load(), SESSION_COMMANDS)
+
+
+@contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Imports that come late.
+
+    Raises:   BlockdError: no descriptor or memory was left for them, or an upgrade of blockd is half done:
+              that may fail in any way, as a module of one edition meets those of the other.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, _EXPECTED):
+            logger.exception("could not load %s", what)
+        raise BlockdError(f"Could not load {what}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, OSError):
+        return f"{error.filename or 'a module'}: {os.strerror(error.errno or errno.EIO)}"
+    if isinstance(error, MemoryError):
+        return "out of memory"
+    return str(error) if isinstance(error, _EXPECTED) else f"{type(error).__name__}: {error}"

@@ -22,6 +22,11 @@ Schema: TypeAlias = dict[str, Any]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 
+# What `json_schema_extra` of a model may say, as pydantic knows only definitions of its own: definitions by
+# name, and a reference to one of them.
+DEFINITIONS = "x-definitions"
+REFERENCE = "x-ref"
+
 _NULL: Schema = {"type": "null"}
 _EMPTY_OBJECT: Schema = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -82,7 +87,7 @@ def _event_schema(event: type[Event]) -> Schema:
 
 def _schema(adapter: TypeAdapter[Any], mode: JsonSchemaMode) -> Schema:
     schema: Schema = _without_null(adapter.json_schema(mode=mode))
-    return schema
+    return _with_definitions(schema)
 
 
 def _document(title: str, description: str | None, members: Mapping[str, Schema]) -> Schema:
@@ -104,11 +109,32 @@ def _without_definitions(schema: Schema) -> Schema:
     return {name: value for name, value in schema.items() if name != "$defs"}
 
 
+def _with_definitions(schema: Schema) -> Schema:
+    """Put definitions from inside of a schema to its other ones."""
+    found: Schema = {}
+    resolved: Schema = _resolve(schema, found)
+    return resolved | ({"$defs": resolved.get("$defs", {}) | found} if found else {})
+
+
+def _resolve(schema: Any, found: Schema) -> Any:
+    """Make references proper ones, and move definitions into `found`."""
+    if isinstance(schema, list):
+        return [_resolve(element, found) for element in schema]
+    if not isinstance(schema, dict):
+        return schema
+    for name, definition in schema.get(DEFINITIONS, {}).items():
+        found[name] = _resolve(definition, found)
+    kept = {name: _resolve(value, found) for name, value in schema.items() if name != DEFINITIONS}
+    return {"$ref": f"#/$defs/{kept.pop(REFERENCE)}"} | kept if REFERENCE in kept else kept
+
+
 def _without_null(schema: Any) -> Any:
     """Take out null: a member that is None in code is left out on the wire, and null is refused there."""
     if isinstance(schema, list):
         return [_without_null(element) for element in schema]
     if not isinstance(schema, dict):
+        return schema
+    if DEFINITIONS in schema:
         return schema
     kept = {name: _without_null(value) for name, value in schema.items()}
     if "required" in kept:

@@ -21,8 +21,9 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
-from blockd.aio import task_group
-from blockd.errors import RequestError
+from blockd.aio import addresses_of, connected, keeping_socket_files, task_group
+from blockd.errors import BlockdError, RequestError
+from blockd.filenames import check_path
 from blockd.qmp.connection import Connection, Streams
 from blockd.qmp.envelope import error_reply
 from blockd.qmp.events import EventBus
@@ -50,9 +51,16 @@ class QmpServer(Generic[Context]):
     """Listen for clients, or connect to one, and serve them until closed."""
 
     def __init__(
-        self, load_commands: "Callable[[], CommandTable[Context]]", events: EventBus, context: Context
+        self,
+        load_commands: "Callable[[], CommandTable[Context]]",
+        events: EventBus,
+        context: Context,
+        *,
+        is_ready: asyncio.Event | None = None,
     ) -> None:
+        """Commands wait until `is_ready` is set, all but those of the session itself; None: they do not."""
         self.commands = LateCommands(load_commands)
+        self._is_ready = is_ready
         self._events = events
         self._context = context
         self._servers: list[asyncio.Server] = []
@@ -85,7 +93,7 @@ class QmpServer(Generic[Context]):
 
         Raises:   RequestError: the name is taken by a live socket or by something else, or is no good.
         """
-        socket_file = SocketFile.create(path)
+        socket_file = await SocketFile.create(path)
         self._socket_files.append(socket_file)
         await self._listen(socket_file.listener, path, pretty)
 
@@ -96,13 +104,12 @@ class QmpServer(Generic[Context]):
         """
         name = f"{host}:{port}"
         try:
-            loop = asyncio.get_running_loop()
-            found = (await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM))[0]
-            if not ipaddress.ip_address(found[4][0]).is_loopback:
+            family, address = (await addresses_of(host, port))[0]
+            if not ipaddress.ip_address(address).is_loopback:
                 raise RequestError(
                     f"QMP listens on loopback addresses only, not on {name}: use a unix socket"
                 )
-            listener = socket.create_server(found[4][:2], family=found[0])
+            listener = socket.create_server((address, port), family=family)
         except OSError as error:
             raise RequestError(f"Failed to listen on {name}: {error.strerror}") from error
         await self._listen(listener, name, pretty)
@@ -124,7 +131,7 @@ class QmpServer(Generic[Context]):
         Raises:   RequestError: nobody listens there.
         """
         try:
-            streams = await asyncio.open_unix_connection(path)
+            streams = await asyncio.open_unix_connection(check_path(path))
         except OSError as error:
             raise RequestError(f"Failed to connect to '{path}': {os.strerror(error.errno or 0)}") from error
         self._serve(streams, path, pretty)
@@ -135,7 +142,7 @@ class QmpServer(Generic[Context]):
         Raises:   RequestError: nobody listens there.
         """
         try:
-            streams = await asyncio.open_connection(host, port)
+            streams = await asyncio.open_connection(sock=await connected(host, port))
         except OSError as error:
             raise RequestError(f"Failed to connect to '{host}:{port}': {error.strerror}") from error
         self._serve(streams, f"{host}:{port}", pretty)
@@ -172,12 +179,19 @@ class QmpServer(Generic[Context]):
         for connection in self._connections:
             connection.stop()
 
+    def drop_waiting(self) -> None:
+        """Disconnect all clients, whose commands wait for a daemon that will never be ready."""
+        self.stop()
+        for task in self._connections.values():
+            task.cancel()
+
     async def close(self) -> None:
         """Stop, let running commands finish and send what is queued; bounded in time.
 
         Needs:    not to be called by a command, for that one would be waited for.
         """
         self.stop()
+        await self._remove_socket_files()
         if self._connections:
             _, late = await asyncio.wait(self._connections.values(), timeout=CLOSE_TIMEOUT_S)
             for task in late:
@@ -188,21 +202,26 @@ class QmpServer(Generic[Context]):
             await self.close()
         else:
             self._stop_listening()
+            await self._remove_socket_files()
 
     def _stop_listening(self) -> None:
         self._is_closing = True
         for server in self._servers:
             server.close()
-        for socket_file in self._socket_files:
-            socket_file.remove()
         self._servers.clear()
-        self._socket_files.clear()
+
+    async def _remove_socket_files(self) -> None:
+        while self._socket_files:
+            await self._socket_files.pop().remove()
 
     async def _listen(self, listener: socket.socket, name: str, pretty: bool) -> None:
         clients: set[Connection[Context]] = set()
         accept = partial(self._accept, clients, name, pretty)
-        start = asyncio.start_unix_server if listener.family == socket.AF_UNIX else asyncio.start_server
-        self._servers.append(await start(accept, sock=listener))
+        if listener.family == socket.AF_UNIX:
+            server = await keeping_socket_files(asyncio.start_unix_server)(accept, sock=listener)
+        else:
+            server = await asyncio.start_server(accept, sock=listener)
+        self._servers.append(server)
 
     def _accept(
         self,
@@ -225,20 +244,29 @@ class QmpServer(Generic[Context]):
             return
         is_tcp = writer.get_extra_info("socket").family != socket.AF_UNIX
         timeout_s = TCP_NEGOTIATION_TIMEOUT_S if is_tcp else None
-        connection = self._serve((reader, writer), name, pretty, negotiation_timeout_s=timeout_s)
+        connection = self._serve(
+            (reader, writer), name, pretty, negotiation_timeout_s=timeout_s, strict=is_tcp
+        )
         clients.add(connection)
         self._connections[connection].add_done_callback(lambda _: clients.remove(connection))
 
     def _serve(
-        self, streams: Streams, name: str, pretty: bool, *, negotiation_timeout_s: float | None = None
+        self,
+        streams: Streams,
+        name: str,
+        pretty: bool,
+        *,
+        negotiation_timeout_s: float | None = None,
+        strict: bool = False,
     ) -> Connection[Context]:
         connection = Connection(
-            Session(self.commands, self._context, self.is_heard.set),
+            Session(self.commands, self._context, self.is_heard.set, self._is_ready),
             self._events,
             streams,
             name=f"{name}#{next(self._client_numbers)}",
             pretty=pretty,
             negotiation_timeout_s=negotiation_timeout_s,
+            strict=strict,
         )
         self._connections[connection] = self._tasks.create_task(self._supervise(connection))
         return connection
@@ -247,6 +275,8 @@ class QmpServer(Generic[Context]):
         logger.debug("QMP client connected: client=%s", connection.name)
         try:
             await connection.run()
+        except BlockdError as error:
+            logger.warning("QMP client let go: client=%s error=%s", connection.name, error)
         except Exception:
             logger.exception("QMP connection failed: client=%s", connection.name)
         finally:

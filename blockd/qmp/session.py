@@ -1,9 +1,11 @@
 """The rules of one client's session: negotiation first, then commands; knows nothing of sockets.
 
-States: negotiating → commands (once `qmp_capabilities` succeeded). A message goes in, a reply comes out;
+States: negotiating → commands (once `qmp_capabilities` succeeded). Commands of the server wait until it is
+ready, those of the session do not. A message goes in, a reply comes out;
 what is run when is the connection's business.
 """
 
+import asyncio
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Generic, TypeVar
@@ -29,12 +31,14 @@ class Session(Generic[Context]):
         commands: LateCommands[Context],
         context: Context,
         on_negotiated: Callable[[], None] = lambda: None,
+        is_ready: asyncio.Event | None = None,
     ) -> None:
         self.commands = commands
         self.is_negotiated = False
         self.oob_enabled = False
         self._context = context
         self._on_negotiated = on_negotiated
+        self._is_ready = is_ready
 
     def negotiate(self, *, oob: bool) -> None:
         """End the negotiation; from here on the client gets events."""
@@ -70,6 +74,8 @@ class Session(Generic[Context]):
         if command is None:
             raise _not_found(f"The command {request.command} has not been found")
         _check_oob(request, command)
+        if self._is_ready is not None:
+            await self._is_ready.wait()
         return await command.run(self._context, request.arguments)
 
     def _check_negotiation(self, command: str) -> None:

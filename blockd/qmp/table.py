@@ -13,11 +13,12 @@ import inspect
 import typing
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any, Generic, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from blockd.aio import in_turns
 from blockd.qmp.errors import argument_error
 from blockd.qmp.models import Arguments, Event
 from blockd.wire.qmp import Value
@@ -55,8 +56,21 @@ class Command(Generic[Context]):
         result = await (self.handler(context, checked) if self.arguments else self.handler(context))
         if (adapter := self.result) is None:
             return {}
-        dumped: Value = adapter.dump_python(result, mode="json", exclude_none=True)
-        return dumped
+        if isinstance(result, list):
+            (returns,) = typing.get_args(self.returns)
+            left, result = result[::-1], None  # what nobody keeps is freed in turns, too
+            return await in_turns(partial(_dumped, _adapter(returns)), _taken(left))
+        return _dumped(adapter, result)
+
+
+def _taken(left: list[object]) -> Iterator[object]:
+    while left:
+        yield left.pop()
+
+
+def _dumped(adapter: TypeAdapter[object], result: object) -> Value:
+    dumped: Value = adapter.dump_python(result, mode="json", exclude_none=True)
+    return dumped
 
 
 @cache

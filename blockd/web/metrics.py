@@ -1,42 +1,65 @@
 """The status as metrics, in the text format of Prometheus."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily
 from prometheus_client.registry import Collector
 
+from blockd.aio import Turns
 from blockd.web.status import DeviceStatus, Operations, Status
 
+# How many disks are written about at a time.
+DEVICE_COUNT = 8
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 Family = CounterMetricFamily | GaugeMetricFamily | InfoMetricFamily
 
 
-def metrics_of(status: Status) -> bytes:
-    """Write the metrics of one moment."""
+async def metrics_of(status: Status) -> bytes:
+    """Write the metrics of one moment, some disks at a time."""
+    named = [(device.name or device.node_name, device) for device in status.devices]
+    # Of each family what it is, and then its samples.
+    texts = {family.name: [_text(family)] for family in _daemon_metrics(status)}
+    turns = Turns()
+    for start in range(0, max(len(named), 1), DEVICE_COUNT):
+        await turns.pass_on()
+        some = named[start : start + DEVICE_COUNT]
+        for family in [*_guest_metrics(some), *_stream_metrics(some)]:
+            text = _text(family)
+            texts.setdefault(family.name, []).append(text if start == 0 else _samples(text))
+    return b"".join(part for parts in texts.values() for part in parts)
+
+
+class _One(Collector):
+    def __init__(self, family: Family) -> None:
+        self._family = family
+
+    def collect(self) -> Iterator[Family]:
+        yield self._family
+
+
+def _text(family: Family) -> bytes:
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Metrics(status))
+    registry.register(_One(family))
     return generate_latest(registry)
 
 
-class _Metrics(Collector):
-    def __init__(self, status: Status) -> None:
-        self._status = status
+def _samples(text: bytes) -> bytes:
+    return b"".join(line for line in text.splitlines(keepends=True) if not line.startswith(b"#"))
 
-    def collect(self) -> Iterator[Family]:
-        status = self._status
-        yield InfoMetricFamily("blockd", "The daemon.", {"version": status.version})
-        yield GaugeMetricFamily("blockd_uptime_seconds", "How long it runs.", status.uptime_seconds)
-        connections = status.nbd.connections if status.nbd is not None else 0
-        yield GaugeMetricFamily("blockd_nbd_connections", "NBD clients that are connected.", connections)
-        jobs = GaugeMetricFamily("blockd_jobs", "Jobs that are not dismissed.", labels=["type", "status"])
-        for kind in sorted({(job.type, job.status) for job in status.jobs}):
-            jobs.add_metric(list(kind), sum((job.type, job.status) == kind for job in status.jobs))
-        yield jobs
-        named = [(device.name or device.node_name, device) for device in status.devices]
-        yield from _guest_metrics(named)
-        yield from _stream_metrics(named)
+
+def _daemon_metrics(status: Status) -> Iterator[Family]:
+    yield InfoMetricFamily("blockd", "The daemon.", {"version": status.version})
+    yield GaugeMetricFamily("blockd_uptime_seconds", "How long it runs.", status.uptime_seconds)
+    connections = status.nbd.connections if status.nbd is not None else 0
+    yield GaugeMetricFamily("blockd_nbd_connections", "NBD clients that are connected.", connections)
+    jobs = GaugeMetricFamily("blockd_jobs", "Jobs that are not dismissed.", labels=["type", "status"])
+    counts = Counter((job.type, job.status) for job in status.jobs)
+    for (job_type, job_status), count in sorted(counts.items()):
+        jobs.add_metric([job_type, job_status], count)
+    yield jobs
 
 
 def _guest_metrics(devices: list[tuple[str, DeviceStatus]]) -> Iterator[Family]:

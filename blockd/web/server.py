@@ -13,8 +13,8 @@ and has two deadlines: one for the head of the request, one for the answer.
 import asyncio
 import logging
 import socket
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
 from importlib import resources
 from ipaddress import ip_address
 from types import TracebackType
@@ -22,10 +22,11 @@ from typing import NamedTuple, Self, cast
 
 from aiohttp import web
 
+from blockd.aio import addresses_of, keeping_socket_files, let_go
 from blockd.errors import RequestError
 from blockd.qmp.unix_socket import SocketFile
 from blockd.web.metrics import CONTENT_TYPE, metrics_of
-from blockd.web.status import Status
+from blockd.web.status import Status, json_of
 
 log = logging.getLogger(__name__)
 # aiohttp logs, with a traceback and what was sent, each request that is none.
@@ -69,13 +70,13 @@ class WebServer:
     ``async with`` ends it: nobody is waited for.
     """
 
-    def __init__(self, look: Callable[[], Status], *, deadline_s: float = DEADLINE_S) -> None:
+    def __init__(self, look: Callable[[], Awaitable[Status]], *, deadline_s: float = DEADLINE_S) -> None:
         self._look = look
         self._deadline_s = deadline_s
         self._hosts = {*_HOSTS}
         self._connections: dict[asyncio.BaseProtocol, _Connection] = {}
         self._listeners: list[asyncio.Server] = []
-        self._undoing = ExitStack()
+        self._undoing = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
         self._http = web.Server(
@@ -94,7 +95,7 @@ class WebServer:
     ) -> None:
         for listener in self._listeners:
             listener.close()
-        self._undoing.close()
+        await self._undoing.aclose()
         for connection in list(self._connections.values()):
             connection.cut()
         await self._http.shutdown(timeout=0)
@@ -106,28 +107,29 @@ class WebServer:
 
         Raises:   RequestError: the name is taken or no good.
         """
-        file = SocketFile.create(path)
-        self._undoing.callback(file.remove)
+        file = await SocketFile.create(path)
+        self._undoing.push_async_callback(file.remove)
         loop = asyncio.get_running_loop()
-        self._listeners.append(await loop.create_unix_server(self._accept, sock=file.listener))
+        start = keeping_socket_files(loop.create_unix_server)
+        self._listeners.append(await start(self._accept, sock=file.listener))
 
     async def listen_tcp(self, host: str, port: int) -> None:
         """Serve everybody on this machine, on all loopback addresses that `host` stands for.
 
         Raises:   RequestError: an address is not a loopback address, unknown or in use.
         """
-        loop = asyncio.get_running_loop()
         try:
-            found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            found = await addresses_of(host, port)
         except OSError as error:
             raise RequestError(f"Could not listen on '{host}': {error.strerror}") from error
-        for _, _, _, _, (address, *_) in found:
-            if not ip_address(str(address)).is_loopback:
+        for _, address in found:
+            if not ip_address(address).is_loopback:
                 raise RequestError(
                     f"Could not listen on '{host}': HTTP is for this machine only, on a loopback address "
                     "such as 127.0.0.1 or on a unix socket"
                 )
-        addresses = sorted({str(address[0]) for *_, address in found})
+        addresses = sorted({address for _, address in found})
+        loop = asyncio.get_running_loop()
         try:
             self._listeners.append(await loop.create_server(self._accept, addresses, port, backlog=_BACKLOG))
         except OSError as error:
@@ -156,7 +158,7 @@ class WebServer:
         if connection is not None:
             connection.expect()
         try:
-            response = self._respond(request)
+            response = await self._respond(request)
         except Exception:
             log.exception("HTTP %s: internal error", request.path)
             response = web.Response(status=500, text="internal error, see the log of blockd\n")
@@ -164,16 +166,17 @@ class WebServer:
         response.force_close()
         return response
 
-    def _respond(self, request: web.BaseRequest) -> web.Response:
+    async def _respond(self, request: web.BaseRequest) -> web.Response:
         if not self._is_known(request.headers.getall("Host", [])):
-            return web.Response(status=403, text="blockd is not known under this name\n")
+            known = ", ".join(sorted(self._hosts))
+            return web.Response(status=403, text=f"unknown Host: ask for one of {known}\n")
         if request.method not in ("GET", "HEAD"):
             return web.Response(
-                status=405, text="blockd only shows here; QMP changes\n", headers={"Allow": "GET, HEAD"}
+                status=405, text="read-only interface: use QMP\n", headers={"Allow": "GET, HEAD"}
             )
         if request.body_exists:
             return web.Response(status=413, text="nothing is taken here\n")
-        answer = self._find(request.path)
+        answer = await self._find(request.path)
         if answer is None:
             return web.Response(status=404, text="/, /api/status, /metrics and /healthz are here\n")
         return web.Response(body=answer.body, headers={"Content-Type": answer.content_type})
@@ -184,19 +187,25 @@ class WebServer:
         name, colon, port = names[0].lower().rpartition(":")
         return (name if colon and port.isdigit() else names[0].lower()) in self._hosts
 
-    def _find(self, path: str) -> _Answer | None:
+    async def _find(self, path: str) -> _Answer | None:
         match path:
             case "/healthz":
                 return _Answer(b"ok\n", "text/plain; charset=utf-8")
             case "/api/status":
-                return _Answer(self._look().model_dump_json().encode(), "application/json")
+                return _Answer(await self._shown_by(json_of), "application/json")
             case "/metrics":
-                return _Answer(metrics_of(self._look()), CONTENT_TYPE)
+                return _Answer(await self._shown_by(metrics_of), CONTENT_TYPE)
         if path not in _FILES:
             return None
         name, content_type = _FILES[path]
         body = resources.files("blockd.web").joinpath("static", name).read_bytes()
         return _Answer(body, f"{content_type}; charset=utf-8")
+
+    async def _shown_by(self, write: Callable[[Status], Awaitable[bytes]]) -> bytes:
+        status = await self._look()
+        text = await write(status)
+        await let_go(status.devices)
+        return text
 
 
 class _Connection(asyncio.Protocol):

@@ -5,9 +5,11 @@ File names, counters and error texts are in it; guest data and credentials are n
 
 import time
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from blockd import __version__
+from blockd.aio import in_turns
 from blockd.block.accounting import Counter, DiskStats
 from blockd.block.chain import chain, format_of
 from blockd.block.node import BlockNode
@@ -123,13 +125,13 @@ class Status(Result):
     nbd: NbdStatus | None = None
 
 
-def status_of(sources: Sources) -> Status:
-    """Look at the daemon; nothing waits for that."""
+async def status_of(sources: Sources) -> Status:
+    """Look at the daemon, one disk after the other; nothing waits for that."""
     server = sources.exports.server
     return Status(
         version=__version__,
         uptime_seconds=round(time.monotonic() - sources.started, 3),
-        devices=[_device(sources, device) for device in sources.devices.all],
+        devices=await in_turns(partial(_device, sources), sources.devices.all),
         jobs=[_job(job) for job in reversed(list(sources.jobs))],
         nbd=None
         if server is None
@@ -138,6 +140,13 @@ def status_of(sources: Sources) -> Status:
             connections=server.connection_count,
         ),
     )
+
+
+async def json_of(status: Status) -> bytes:
+    """Write the status, one disk after the other."""
+    devices = await in_turns(DeviceStatus.model_dump_json, status.devices)
+    rest = status.model_dump_json(exclude={"devices"}).removesuffix("}")
+    return f'{rest},"devices":[{",".join(devices)}]}}'.encode()
 
 
 def _device(sources: Sources, device: Device) -> DeviceStatus:

@@ -21,6 +21,7 @@ from tests.daemon_process import DaemonProcess
 from tests.qmp_client import QmpClient, QmpError
 
 LAYERS = ["ABCDEFGH", "-M0-N---"]
+LARGE_COMMAND_LEFT_MAX = 24 * MIB
 
 
 @dataclass
@@ -333,3 +334,16 @@ async def test_file_that_cannot_grow_fails_the_stream_and_nothing_else(served: S
     served.chain.paths[0].unlink()
     qemu_img.assert_sound(served.chain.active)
     assert qemu_img.content(served.chain.active) == served.chain.content
+
+
+@pytest.mark.slow
+async def test_memory_of_a_large_command_goes_back(start_daemon: StartDaemon) -> None:
+    """Also if the client says nothing more."""
+    daemon = await start_daemon()
+    async with await daemon.qmp() as client:
+        before = daemon.resident_bytes
+        with pytest.raises(QmpError, match="more than 10000 values"):
+            await client.command("query-status", {"x": [{}] * 600_000})
+        async with asyncio.timeout(60):
+            while daemon.resident_bytes > before + LARGE_COMMAND_LEFT_MAX:  # noqa: ASYNC110  (another process)
+                await asyncio.sleep(0.05)

@@ -237,15 +237,29 @@ async def checked(file: RecordingFile | FileNode, image_format: str) -> CheckRep
     return await check(file)
 
 
-@pytest.mark.parametrize("offset", [1 << 40, 1 << 62, (1 << 63) - 65536, 1 << 63, (1 << 64) - 65536])
-async def test_snapshots_that_cannot_be(tmp_path: Path, offset: int) -> None:
-    path = qemu_img.create(tmp_path / "disk.qcow2", MIB)
+def image_with_snapshots_at(folder: Path, offset: int) -> Path:
+    path = qemu_img.create(folder / "disk.qcow2", MIB)
     data = bytearray(path.read_bytes())
     struct.pack_into(">IQ", data, 60, 1000, offset)
     path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("offset", [1 << 40, 1 << 62, (1 << 63) - 65536])
+async def test_snapshots_that_cannot_be(tmp_path: Path, offset: int) -> None:
+    path = image_with_snapshots_at(tmp_path, offset)
     file = await FileNode.open(str(path), node_name="file", read_only=True)
     report = await checked(file, "qcow2")
     assert any("snapshot table" in str(finding) for finding in report.findings)
+    await file.close()
+
+
+@pytest.mark.parametrize("offset", [1 << 63, (1 << 64) - 65536])
+async def test_snapshots_where_no_file_can_have_them(tmp_path: Path, offset: int) -> None:
+    path = image_with_snapshots_at(tmp_path, offset)
+    file = await FileNode.open(str(path), node_name="file", read_only=True)
+    with pytest.raises(ImageError, match="snapshot table offset"):
+        await checked(file, "qcow2")
     await file.close()
 
 

@@ -115,11 +115,32 @@ def _file(folder: Path, text: str) -> str:
     [
         ("qmpp = 'q'", 1, "unknown key 'qmpp'; did you mean 'qmp'?"),
         ("\n[[devices]]\nname='a'", 2, "unknown key 'devices'; did you mean 'device'?"),
+        (
+            "[nbd-server]\naddr = {type = 'unix', path = 'x'}\ntls-creds = 't'",
+            3,
+            "unknown key 'tls-creds' in nbd-server; the NBD server cannot do TLS yet; start it without "
+            "'tls-creds' on a unix socket",
+        ),
         ("zzzzzzzz = 1", 1, "unknown key 'zzzzzzzz'"),
         (
             "[[device]]\nname = 'a'\n\nfile_name = 'x'\nfilename = 'y'",
             4,
             "unknown key 'file_name' in device; did you mean 'filename'?",
+        ),
+        (
+            "[[device]]\nname = 'a'\nfile-name = 'x'",
+            3,
+            "unknown key 'file-name' in device; did you mean 'filename'?",
+        ),
+        (
+            "[device.vda]\nfilename='f'",
+            1,
+            "unknown key 'vda' in device; expected one of name, filename, format, id, node-name",
+        ),
+        (
+            "[[blockdev]]\ndriver='qcow2'\nnode-name='q'\n[blockdev.file]\ndriver='file'\nfilname='x'",
+            6,
+            "unknown key 'filname' in blockdev; did you mean 'filename'?",
         ),
         (
             "[[blockdev]]\ndriver='file'\nnode-name='f'\nfilename='x'\n"
@@ -237,7 +258,7 @@ async def test_check_config_tells_all_that_does_not_fit(tmp_path: Path) -> None:
         "blockd: d.toml:5: blockdev: Throttle group 'g' does not exist\n"
         "blockd: d.toml:5: blockdev: Duplicate nodes with node-name='q'\n"
         "blockd: d.toml:10: blockdev: 'node-name' must be specified for the root node\n"
-        "blockd: d.toml:22: device: Unknown driver 'vmdk9'\n"
+        "blockd: d.toml:22: device: Unknown driver 'vmdk9'; the formats are qcow2, qed, raw, add-cow\n"
         "blockd: d.toml:22: device: Device 'd' already exists\n"
         "blockd: d.toml:13: export: Cannot find device='' nor node-name='nowhere'\n"
         "blockd: d.toml:13: export: NBD server not running\n"

@@ -67,7 +67,12 @@ async def test_help_and_version(tmp_path: Path) -> None:
         ),
         (
             ["--device", "vda=no\x1bne.qcow2"],
-            r"--device vda=no\x1bne.qcow2: Could not open 'no\x1bne.qcow2': No such file or directory",
+            r"--device vda=no\x1bne.qcow2: The file name 'no\x1bne.qcow2' has control characters in it",
+        ),
+        (
+            ["--device", "vda=d.qcow2,format=vmdk"],
+            "--device vda=d.qcow2,format=vmdk: Could not open 'd.qcow2': Unknown driver 'vmdk'; the formats "
+            "are qcow2, qed, raw, add-cow",
         ),
         (["--monitor", "none"], '--monitor none: chardev "none" not found'),
         (
@@ -93,9 +98,16 @@ async def test_device_alone(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "blockd.qmp").stat().st_mode) == 0o600
     info = await asyncio.to_thread(qemu_img.qemu, "qemu-img", "info", "--output=json", uri)
     assert json.loads(info)["virtual-size"] == SIZE
+    async with await QmpClient.connect(tmp_path / "blockd.qmp") as client:
+        await client.command("block_stream", device="vda", speed=1)
     process.send_signal(signal.SIGTERM)
-    _, stderr = await process.communicate()
+    stdout, stderr = await process.communicate()
     assert (process.returncode, stderr) == (0, b"")
+    last = stdout.decode().splitlines()[-1]
+    assert last.startswith("stream 'vda' stopped at ")
+    assert last.endswith(
+        " of 4.0 MiB; what was copied stays: stream again after the next start to copy the rest"
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"disk.qcow2", "base.raw"}
 
 
@@ -161,11 +173,11 @@ async def test_background(tmp_path: Path) -> None:
     assert (result.status, result.stderr) == (0, "")
     pid = int((tmp_path / "pid").read_text())
     assert os.getsid(pid) == pid
-    assert (await blockctl(tmp_path, "raw", '{"execute":"quit"}')).status == 0
+    async with await QmpClient.connect(tmp_path / "blockd.qmp") as client:  # however long that may take
+        await client.command("quit")
     async with asyncio.timeout(PROGRAM_TIMEOUT_S):
-        while (tmp_path / "pid").exists():  # noqa: ASYNC110  (the daemon is nobody's child any more)
-            await asyncio.sleep(0.01)
-    assert not (tmp_path / "blockd.qmp").exists()
+        while any((tmp_path / name).exists() for name in ("pid", "blockd.qmp")):  # noqa: ASYNC110
+            await asyncio.sleep(0.01)  # the daemon is nobody's child any more
 
 
 async def test_background_that_cannot_start_says_so(tmp_path: Path) -> None:
@@ -185,13 +197,16 @@ async def test_stream_switch_and_stream_again(tmp_path: Path, start_daemon: Star
     async def control(*arguments: str) -> Result:
         return await blockctl(tmp_path, "--socket", str(daemon.qmp_path), *arguments)
 
-    assert await control("stream", "vda", "--wait") == Result(0, "vda: stream completed, 4.0 MiB\n", "")
+    text = f"vda: stream completed, 4.0 MiB copied; {disk} needs no backing file\n"
+    assert await control("stream", "vda", "--wait") == Result(0, text, "")
     assert (await control("create", "copy.qcow2", "-b", "disk.qcow2", "-F", "qcow2")).status == 0
-    assert (await control("switch", "vda", "copy.qcow2")).status == 0
+    switched = await control("switch", "vda", "copy.qcow2")
+    assert switched.stdout.startswith("vda: goes on in copy.qcow2; without --state-dir the next start has ")
     assert (await control("stream", "vda", "--wait", "--json")).status == 0
     listed = await control("list")
     assert listed.stdout.startswith(f"vda  4.0 MiB  writable  {tmp_path}/copy.qcow2 (qcow2)\n")
     await daemon.stop()
+    assert f"vda is on {tmp_path}/copy.qcow2 now: start with that file next time" in daemon.stdout
     qemu_img.assert_same(tmp_path / "copy.qcow2", "qcow2", tmp_path / "base.raw", "raw")
 
 

@@ -18,6 +18,7 @@ from blockd.formats.qcow2.image import Qcow2Image
 from blockd.protocols.file import FileNode
 from blockd.protocols.new_file import new_file
 from tests import qemu_img
+from tests.hostile_names import put_name, stand_in
 
 SIZE = 1 << 20
 
@@ -41,7 +42,10 @@ async def overlay(path: Path, backing: str | None, backing_format: str | None = 
     """Make an image that records any backing file, which need not be there."""
     async with new_file(str(path)) as file:
         recorded = backing_format if backing else None
-        await create(file, SIZE, backing_filename=backing, backing_format=recorded)
+        innocent = stand_in(backing) if backing else None
+        await create(file, SIZE, backing_filename=innocent, backing_format=recorded)
+    if backing:
+        put_name(path, backing)
     return path
 
 
@@ -181,10 +185,6 @@ async def test_wrong_options(graph: NodeGraph, tmp_path: Path) -> None:
             "Block node is read-only",
         ),
         (
-            {**file, "node-name": "x"},
-            f"Could not open '{path}': Failed to get \"write\" lock: the file is in use by node 'taken'",
-        ),
-        (
             {"driver": "copy-on-read", "node-name": "x", "file": "taken"},
             "Cannot copy on read into 'taken': it is not a writable image with a backing file",
         ),
@@ -197,9 +197,13 @@ async def test_wrong_options(graph: NodeGraph, tmp_path: Path) -> None:
 async def test_two_formats_on_one_file(graph: NodeGraph, tmp_path: Path) -> None:
     path = str(await overlay(tmp_path / "a.qcow2", None))
     await graph.open({"driver": "file", "node-name": "f", "filename": path})
+    await graph.open({"driver": "qcow2", "node-name": "q", "file": "f"})
+    for read_only in (True, False):
+        options = {"driver": "qcow2", "node-name": "x", "file": "f", "read-only": read_only}
+        text = await refusal(graph.open(options))
+        assert text.startswith("Permission conflict on node 'f': permissions 'write, resize' are both")
+    # Of itself it needs nothing of the file.
     await graph.open({"driver": "raw", "node-name": "r", "file": "f"})
-    text = await refusal(graph.open({"driver": "qcow2", "node-name": "q", "file": "f"}))
-    assert text.startswith("Permission conflict on node 'f'")
 
 
 async def test_nodes_nest_to_a_bound(graph: NodeGraph) -> None:
@@ -266,7 +270,7 @@ async def test_what_a_stream_has_cut_off_is_closed(graph: NodeGraph, tmp_path: P
     node = await graph.open_image(str(path), "qcow2", read_only=False)
     graph.add_user(node, "device 'vda'")
     assert node.backing is not None
-    node.backing = node.backing.backing
+    graph.connect(node, "backing", node.backing.backing)
     await graph.close_unused()
     assert filenames(node) == [str(path), str(tmp_path / "base.qcow2")]
     assert len(graph.nodes) == 4
@@ -313,11 +317,11 @@ async def test_copy_on_read_by_file_name(graph: NodeGraph, tmp_path: Path) -> No
 async def test_format_needs_name_and_content_to_agree(graph: NodeGraph, tmp_path: Path) -> None:
     qcow2 = (await overlay(tmp_path / "a.qcow2", None)).read_bytes()
     for name, content, what in [
-        ("a.img", qcow2, "its content looks like qcow2"),
-        ("a.raw", qcow2, "its content looks like qcow2"),
-        ("b.qcow2", bytes(512), "its content is of no format with a signature"),
-        ("plain", bytes(512), "its content is of no format with a signature"),
-        ("empty.qcow2", b"", "its content is of no format with a signature"),
+        ("a.img", qcow2, "its content looks like qcow2, but its name does not end in .qcow2"),
+        ("a.raw", qcow2, "its content looks like qcow2, but its name does not end in .qcow2"),
+        ("b.qcow2", bytes(512), "its name ends in .qcow2, but its content is no qcow2 image"),
+        ("plain", bytes(512), "neither its name nor its content tells it"),
+        ("empty.qcow2", b"", "its name ends in .qcow2, but its content is no qcow2 image"),
     ]:
         path = tmp_path / name
         path.write_bytes(content)
@@ -345,7 +349,7 @@ async def test_missing_backing_names_both_files(graph: NodeGraph, tmp_path: Path
 @pytest.mark.parametrize(
     ("backing", "reason"),
     [
-        ('json:{"driver":"file","filename":"/etc/passwd"}', "Unknown protocol 'json'"),
+        ('json:{"driver":"file","filename":"/etc/passwd"}', "Its 'json:' name is not understood"),
         ("nbd:localhost:10809", "Unknown protocol 'nbd'"),
         ("/proc/self/mem", "which is no image file"),
         ("/dev/fd/0", "which is no image file"),
@@ -358,7 +362,7 @@ async def test_missing_backing_names_both_files(graph: NodeGraph, tmp_path: Path
         ("\u202ewar.tupni", "\\u202ewar.tupni': No such file"),
         ("\udcff\udcfe.raw", "\\udcff\\udcfe.raw': No such file"),
         ("fifo", "not a regular file or block device"),
-        ("socket", "No such device or address"),
+        ("socket", "not a regular file or block device"),
         ("folder", "not a regular file or block device"),
         (".", "not a regular file or block device"),
     ],
@@ -432,7 +436,21 @@ async def test_backing_without_recorded_format(graph: NodeGraph, tmp_path: Path)
             assert (await graph.open_image(str(top), None, read_only=True)).backing is not None
         else:
             text = await refusal(graph.open_image(str(top), None, read_only=True))
-            assert "specify the format" in text
+            assert text.endswith(" in the node's option 'backing' (backing.driver=FORMAT,…)")
+
+
+async def test_a_qed_image_on_what_no_name_tells(graph: NodeGraph, tmp_path: Path) -> None:
+    await overlay(tmp_path / "base.qcow2", None)
+    (tmp_path / "base.img").write_bytes((tmp_path / "base.qcow2").read_bytes())
+    top = tmp_path / "top.qed"
+    link = ("-u", "-b", "base.img", "-F", "qcow2")
+    qemu_img.qemu("qemu-img", "create", "-q", "-f", "qed", *link, top, "1M")
+    qed = {"driver": "qed", "node-name": "top", "file": {"driver": "file", "filename": str(top)}}
+    text = await refusal(graph.open(qed))
+    assert "its content looks like qcow2" in text
+    assert "'backing' (backing.driver=FORMAT,…)" in text
+    base = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base.img")}}
+    assert (await graph.open({**qed, "backing": base})).backing is not None
 
 
 # -- the overlay of a switch ------------------------------------------------------------------
@@ -445,7 +463,8 @@ async def test_overlay_of_the_active_image(graph: NodeGraph, tmp_path: Path) -> 
     copy = await overlay(tmp_path / "copy.qcow2", "disk.qcow2")
     (tmp_path / "alias.qcow2").symlink_to(path)
     node = await graph.open_overlay(str(copy), "qcow2", active)
-    assert node.backing is active
+    assert node.backing is None
+    graph.connect(node, "backing", active)
     graph.add_user(node, "device 'vda'")
     graph.remove_user(active, "device 'vda'")
     await graph.close_unused()

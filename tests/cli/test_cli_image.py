@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.cli import display
 from blockd.cli.blockctl import main
 from blockd.drivers import FORMATS
 from blockd.errors import StorageError
@@ -290,6 +291,18 @@ def test_convert_takes_options_and_tells_progress(image: Run, disk: Path) -> Non
     qemu_img.assert_same(disk, "qcow2", Path("copy.qcow2"), "qcow2")
 
 
+@pytest.mark.parametrize("patience_s", [0.0, 1000.0])
+def test_map_and_check_show_a_bar_when_they_take_long(
+    image: Run, disk: Path, monkeypatch: pytest.MonkeyPatch, patience_s: float
+) -> None:
+    expected = [image("map", disk.name), image("map", disk.name, "--json"), image("check", disk.name)]
+    monkeypatch.setattr(display, "PATIENCE_S", patience_s)
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    found = [image("map", disk.name), image("map", disk.name, "--json"), image("check", disk.name)]
+    assert [result[:2] for result in found] == [result[:2] for result in expected]
+    assert [disk.name in error for _, _, error in found] == [patience_s == 0.0] * 3
+
+
 def test_convert_overwrites_nothing(image: Run, disk: Path) -> None:
     before = disk.read_bytes()
     status, _, error = image("convert", "base.raw", disk.name)
@@ -345,3 +358,65 @@ def test_convert_to_raw_is_sparse(image: Run, tmp_path: Path) -> None:
     assert image("convert", "source.raw", "copy.raw", "-O", "raw")[0] == 0
     assert Path("copy.raw").read_bytes() == Path("source.raw").read_bytes()
     assert Path("copy.raw").stat().st_blocks * 512 <= 2 * 65536
+
+
+@pytest.mark.parametrize("command", ["check", "info", "map", "convert", "create"])
+def test_help_tells_the_exit_statuses(image: Run, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit):
+        image(command, "--help")
+    assert "\n  63   check: images of this format hold nothing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("x.qed", "-f qed, or -f qcow2"),
+        ("x.RAW", "-f raw, or -f qcow2"),
+        ("x.add-cow", "-f add-cow, or -f qcow2"),
+        ("x.vmdk", "-f qcow2; blockd makes no vmdk images"),
+    ],
+)
+def test_name_that_says_another_format_than_the_default_is_no_accident(
+    image: Run, name: str, said: str, tmp_path: Path
+) -> None:
+    problem = f"blockctl: '{name}' is not named like a qcow2 image, which it would be: say {said}\n"
+    assert image("create", name, "1M") == (1, "", problem)
+    assert image("create", "disk.img", "1M")[0] == 0
+    problem = problem.replace("-f", "-O")
+    assert image("convert", "-f", "qcow2", "disk.img", name) == (1, "", problem)
+    assert {path.name for path in tmp_path.iterdir()} == {"disk.img"}
+    assert image("create", "-f", "qcow2", name, "1M")[0] == 0
+    assert image("info", "-f", "qcow2", name)[0] == 0
+
+
+def test_backing_file_that_is_hardly_meant_so(image: Run, tmp_path: Path) -> None:
+    assert image("create", "base.qcow2", "1M")[0] == 0
+    (tmp_path / "x").mkdir()
+    overlay = ("create", "-b", "base.qcow2", "-F")
+    status, _, said = image(*overlay, "raw", "top.qcow2")
+    assert (status, said.startswith("blockctl: warning: 'base.qcow2' looks like a qcow2 image; with")) == (
+        0,
+        True,
+    )
+    assert image(*overlay, "qcow2", "other.qcow2") == (0, "", "")
+    missing = "blockctl: Could not open 'x/base.qcow2': No such file or directory"
+    hint = "; the name of a backing file counts from the folder of the new image: -b "
+    told = image(*overlay, "qcow2", "x/top.qcow2")
+    assert told == (1, "", f"{missing}{hint}{tmp_path}/base.qcow2\n")
+    # Also where its size is not asked for.
+    missing = "blockctl: Could not open 'none.qcow2': No such file or directory\n"
+    assert image("create", "-b", "none.qcow2", "-F", "qcow2", "new.qcow2", "1M") == (1, "", missing)
+    assert not (tmp_path / "new.qcow2").exists()
+
+
+def test_size_may_stand_behind_options(image: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert image("create", "a.raw", "-f", "raw", "1M") == (0, "", "")
+    assert "virtual size: 1 MiB" in image("info", "a.raw")[1]
+    for words in (
+        ("b.raw", "-f", "raw", "1X"),
+        ("b.raw", "1M", "-f", "raw", "1M"),
+        ("b.raw", "-f", "raw", "1", "2"),
+    ):
+        with pytest.raises(SystemExit):
+            image("create", *words)
+        assert "unrecognized arguments: " in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from blockd.cli.announcement import ready_lines
+from blockd.cli.announcement import ready_lines, stopped_line
 from blockd.cli.options import Action, parse_command_line
 from blockd.config import (
     Blockdev,
@@ -21,8 +21,10 @@ from blockd.config import (
     Object,
     Option,
     QmpSocket,
+    Served,
     SocketChardev,
     StdioChardev,
+    StoppedJob,
     UnixAddress,
 )
 from blockd.errors import RequestError
@@ -184,11 +186,86 @@ def test_help_wins(arguments: list[str]) -> None:
             "--device 9a=d: Parameter 'id' expects an identifier: letters, digits, '-', '.' and '_', "
             "starting with a letter",
         ),
-        (["--device", "a=d,zap=1"], "--device a=d,zap=1: Parameter 'zap' is unexpected"),
+        (
+            ["--device", "a=d,zap=1"],
+            "--device a=d,zap=1: Parameter 'zap' is unexpected; expected one of name, filename, format, id, "
+            "node-name",
+        ),
+        (
+            ["--device", "a=d,fromat=raw"],
+            "--device a=d,fromat=raw: Parameter 'fromat' is unexpected; did you mean 'format'?",
+        ),
+        (
+            ["--object", "throttle-group,id=t,iops-total=5"],
+            "--object throttle-group,id=t,iops-total=5: Parameter 'iops-total' is unexpected; did you mean "
+            "'limits.iops-total'?",
+        ),
+        (
+            ["--blockdev", "raw,node-name=r,file=f,backing=b"],
+            "--blockdev raw,node-name=r,file=f,backing=b: Parameter 'backing' is unexpected",
+        ),
+        (["--devcie", "a=d"], "unrecognized option '--devcie'; did you mean '--device'?"),
+        (
+            ["--blockdev", "qcow3,node-name=q,file=f"],
+            "--blockdev qcow3,node-name=q,file=f: Parameter 'driver' does not accept value 'qcow3'; did you "
+            "mean 'qcow2'?",
+        ),
+        (
+            ["--export", "nbd,id=e,nodename=q"],
+            "--export nbd,id=e,nodename=q: Parameter 'node-name' is missing, and 'nodename' is unexpected; "
+            "did you mean 'node-name'?",
+        ),
+        (
+            ["--nbd-server", "addr.type=unix,addr.path=x,tls-creds=t"],
+            "--nbd-server addr.type=unix,addr.path=x,tls-creds=t: Parameter 'tls-creds' is unexpected; the "
+            "NBD server cannot do TLS yet; start it without 'tls-creds' on a unix socket",
+        ),
+        (
+            ["--nbd-server", "addr.type=unx"],
+            "--nbd-server addr.type=unx: Parameter 'type' does not accept value 'unx'; did you mean 'unix'?",
+        ),
+        (
+            ["--nbd-server", "addr.type=unix,addr.pth=x"],
+            "--nbd-server addr.type=unix,addr.pth=x: Parameter 'addr.path' is missing, and 'pth' is "
+            "unexpected; did you mean 'path'?",
+        ),
         (
             ["--nbd-server", '{"addr": {"type": "inet", "host": "localhost", "port": 65536}}'],
             '--nbd-server {"addr": {"type": "inet", "host": "localhost", "port": 65536}}: '
             "'65536' is not a port number (0 to 65535)",
+        ),
+        (["--qmp", ""], "--qmp '': expected the name of a file, and it is empty"),
+        (["--nbd="], "--nbd '': expected the name of a file, and it is empty"),
+        (["--http", ""], "--http '': expected the name of a file, and it is empty"),
+        (["--pidfile", ""], "--pidfile '': expected the name of a file, and it is empty"),
+        (["--state-dir", ""], "--state-dir '': expected the name of a file, and it is empty"),
+        (["--image-paths", ""], "--image-paths '': expected the name of a file, and it is empty"),
+        (["--config", ""], "--config '': expected the name of a file, and it is empty"),
+        (
+            ["--chardev", "socket,id=c,path="],
+            "--chardev socket,id=c,path=: expected the name of a file, and it is empty",
+        ),
+        (
+            ["--nbd-server", "addr.type=unix,addr.path="],
+            "--nbd-server addr.type=unix,addr.path=: expected the name of a file, and it is empty",
+        ),
+        (
+            ["--http", "9170"],
+            "--http 9170: expected PATH or HOST:PORT, such as 127.0.0.1:9170 (a socket file of that name is "
+            "./9170)",
+        ),
+        (
+            ["--nbd", ":1"],
+            "--nbd :1: expected PATH or HOST:PORT, such as 127.0.0.1:1 (a socket file of that name is ./:1)",
+        ),
+        (
+            ["--http", "http://localhost:1"],
+            "--http http://localhost:1: expected PATH or HOST:PORT, and this is a URL",
+        ),
+        (
+            ["--qmp", "localhost:4444"],
+            "--qmp localhost:4444: expected the path of a unix socket; for TCP, --chardev socket,id=I,"
+            "host=localhost,port=4444,server=on --monitor I (a socket file of that name is ./localhost:4444)",
         ),
         (["--nbd", "localhost:x"], "--nbd localhost:x: 'x' is not a port number (0 to 65535)"),
         (
@@ -212,17 +289,50 @@ def test_refusals(arguments: list[str], message: str) -> None:
     assert refused.value.message == message
 
 
+def served_by(nbd: str) -> Served:
+    return Served(devices=("vda",), nbd=(UnixAddress(nbd),), exports=("vda",))
+
+
 def test_announcement_can_be_copied() -> None:
-    lines = "\n".join(ready_lines(config_of("--device", "vda=d.qcow2", "--qmp", "/r/q", "--nbd", "/r/n n")))
+    config = config_of("--device", "vda=d.qcow2", "--qmp", "/r/q", "--nbd", "/r/n n")
+    lines = "\n".join(ready_lines(config, served_by("/r/n n")))
     assert "socat - UNIX-CONNECT:/r/q" in lines
     assert "nbd+unix:///vda?socket=/r/n%20n" in lines
     assert "blockctl --socket /r/q stream vda --wait" in lines
 
 
+def test_what_a_stop_interrupts_is_told_as_it_goes_on() -> None:
+    kept = stopped_line(StoppedJob("stream", "vda", 1 << 20, 4 << 20, is_kept=True))
+    at = "stopped at 1.0 MiB of 4.0 MiB"
+    assert kept == f"stream 'vda' {at}; it goes on at the next start with --state-dir"
+    made = stopped_line(StoppedJob("create", "c", 1 << 20, 4 << 20, is_kept=False))
+    assert made == f"create 'c' {at}: it was cancelled"
+
+
 def test_nothing_is_announced_to_those_who_know() -> None:
     stdio = ("--chardev", "stdio,id=c", "--monitor", "c")
-    assert ready_lines(config_of(*stdio, "--device", "vda=d.qcow2")) == []
-    assert ready_lines(config_of("--nbd-server", "addr.type=unix,addr.path=n")) == []
+    assert ready_lines(config_of(*stdio, "--device", "vda=d.qcow2"), served_by("n")) == []
+    assert ready_lines(config_of("--nbd-server", "addr.type=unix,addr.path=n"), served_by("n")) == []
+
+
+def test_what_the_journal_alone_tells_is_announced() -> None:
+    lines = "\n".join(ready_lines(config_of("--state-dir", "st"), served_by("/r/n")._replace(qmp=("/r/q",))))
+    assert lines.startswith("blockd is ready")
+    assert "socat - UNIX-CONNECT:/r/q" in lines
+    assert "nbd+unix:///vda?socket=/r/n" in lines
+    assert "blockctl --socket /r/q stream vda --wait" in lines
+
+
+def test_announced_is_what_is_served_and_not_what_the_options_say() -> None:
+    config = config_of("--device", "vda=d.qcow2", "--device", "vdb=e.qcow2", "--qmp", "/r/q", "--nbd", "/r/n")
+    lines = "\n".join(ready_lines(config, Served(("vdb",), (InetAddress("127.0.0.1", 7),), ("b", "c"))))
+    assert "nbd://127.0.0.1:7/b" in lines
+    assert "nbd://127.0.0.1:7/c" in lines
+    assert "/r/n" not in lines
+    assert "vda" not in lines
+    assert "NBD" not in "\n".join(ready_lines(config, Served((), (), ())))
+    nothing = "\n".join(ready_lines(config, Served((), (InetAddress("127.0.0.1", 7),), ())))
+    assert "nbd://127.0.0.1:7/, which has no exports yet" in nothing
 
 
 OPTIONS = [
@@ -245,4 +355,5 @@ def test_any_value_is_taken_or_refused(option: str, value: str) -> None:
     try:
         parse_command_line([option, value])
     except RequestError as error:
-        assert error.message.startswith((f"{option} {value}: ", f"{value}: not valid UTF-8"))
+        shown = value or "''"
+        assert error.message.startswith((f"{option} {shown}: ", f"{value}: not valid UTF-8"))

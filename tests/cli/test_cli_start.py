@@ -1,6 +1,8 @@
 """What a start loads before everybody can connect: as little as it can."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,7 +26,7 @@ PROGRAM = """
 import json, os, signal, sys
 import blockd.cli.daemon as program
 
-def announce(config):
+def announce(config, served):
     print(json.dumps([name for name in sys.modules]))
     os.kill(os.getpid(), signal.SIGTERM)
 
@@ -55,3 +57,47 @@ async def test_only_what_is_needed_is_loaded(options: list[str], needed: set[str
     assert "blockd.formats.qcow2.image" in loaded
     assert loaded & (OURS | LIBRARIES) == needed
     assert needed or not loaded & FOR_LIBRARIES
+
+
+def loaded_by_blockctl(*arguments: str | Path, found: str = "*sys.modules") -> set[str]:
+    """What a command has loaded when it ends, or something else that it `found`."""
+    program = (
+        "import atexit, gc, sys; from blockd.cli.blockctl import main;"
+        f"atexit.register(lambda: print({found}, file=sys.stderr)); sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    return set(done.stderr.split())
+
+
+IMAGE_COMMANDS = {"info", "map", "check"}
+
+
+@pytest.mark.parametrize("command", sorted(IMAGE_COMMANDS))
+def test_image_commands_load_only_what_they_need(command: str, tmp_path: Path) -> None:
+    image = qemu_img.create(tmp_path / "disk.qcow2", 1 << 20)
+    loaded = loaded_by_blockctl("image", command, image)
+    assert ("blockd.formats.qcow2.image" in loaded) == (command != "check")
+    assert ("blockd.formats.qcow2.check" in loaded) == (command == "check")
+    unneeded = {f"blockd.cli.image.{name}" for name in {"create", "convert"} | IMAGE_COMMANDS - {command}}
+    unneeded |= {"blockd.jobs.stream", "platform", "datetime"}
+    assert not loaded & (unneeded | OURS | LIBRARIES | FOR_LIBRARIES)
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "qed"])
+def test_image_commands_load_no_other_format(image_format: str, tmp_path: Path) -> None:
+    image = tmp_path / f"disk.{image_format}"
+    qemu_img.qemu("qemu-img", "create", "-q", "-f", image_format, image, "1M")
+    loaded = loaded_by_blockctl("image", "info", image)
+    images = {name for name in loaded if re.fullmatch(r"blockd\.formats\.\w+\.image", name)}
+    assert images == {f"blockd.formats.{image_format}.image", "blockd.formats.raw.image"}
+    assert not loaded & {
+        f"blockd.{name}" for name in ("filters.blkstream", "protocols.null", "drivers.add_cow")
+    }
+
+
+def test_an_end_looks_for_no_garbage() -> None:
+    """Nearly all objects are frozen when the interpreter would look through them."""
+    (count,) = loaded_by_blockctl("raw", "--help", found="gc.get_freeze_count() > 10 * len(gc.get_objects())")
+    assert count == "True"

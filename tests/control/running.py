@@ -50,7 +50,7 @@ async def running(folder: Path, *arguments: str | Path) -> AsyncIterator[Running
     config = parse_command_line([str(word) for word in words]).config
     ready = asyncio.Event()
     async with asyncio.timeout(WAIT_S), asyncio.TaskGroup() as tasks:
-        tasks.create_task(daemon.run(config, ready.set))
+        tasks.create_task(daemon.run(config, lambda _: ready.set()))
         await ready.wait()
         try:
             yield daemon

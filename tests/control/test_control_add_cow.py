@@ -9,7 +9,7 @@ from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.raw.image import RawImage
 from blockd.protocols.new_file import new_file
 from tests import qemu_img
-from tests.control.running import running
+from tests.control.running import refusal, running
 from tests.layers import opened
 from tests.loop_device import can_loop, loop_device
 from tests.model import drawn
@@ -64,6 +64,8 @@ async def test_live_copy_from_raw_to_raw(tmp_path: Path) -> None:
         assert bytes(await guest.read(0, SIZE)) == expected
         await client.command("block_stream", device="vda")
         completed = await client.event("BLOCK_STREAM_COMPLETED")
+        copied = completed.pop("copied")
+        assert 0 < copied < SIZE
         assert completed == {"device": "vda", "len": SIZE, "offset": SIZE, "image": str(target)}
         device = daemon.services.devices.get("vda")
         assert isinstance(device.node, RawImage)
@@ -199,3 +201,20 @@ async def test_node_that_a_client_has_added_stays(tmp_path: Path) -> None:
         await client.command("blockdev-del", {"node-name": "copy"})
         assert await client.command("query-named-block-nodes") == []
     assert (tmp_path / "b.raw").read_bytes() == expected
+
+
+async def test_what_keeps_its_backing_has_to_record_it(tmp_path: Path) -> None:
+    """An add-cow image that records no backing file is complete, whatever it lacks."""
+    source = tmp_path / "a.raw"
+    expected = sparse_raw(source)
+    add_cow = await make_target(tmp_path, source)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        file = {"driver": "file", "filename": str(add_cow)}
+        await client.command("blockdev-add", {"driver": "add-cow", "node-name": "n", "file": file})
+        names = {"device": "n", "image_node_name": "n", "backing_file": ""}
+        found = await refusal(client, "change-backing-file", **names)
+        assert found[1].endswith(
+            "has to record the backing file that it keeps: an add-cow image without one is complete"
+        )
+        assert await daemon.services.graph["n"].read(0, SIZE) == expected

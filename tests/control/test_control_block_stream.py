@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.block.node import Buffer
 from blockd.errors import StorageError
 from blockd.protocols.file import FileNode
 from tests import qemu_img
@@ -30,9 +31,10 @@ async def add_chain(client: QmpClient, chain: Chain) -> None:
     """Every layer as a node of its own, writable, named n0 (the base), n1, ..."""
     for number, path in enumerate(chain.paths):
         file = {"driver": "file", "filename": str(path)}
-        backing = {"backing": f"n{number - 1}" if number else None}
+        backing = {"backing": f"n{number - 1}"} if number else {}
+        driver = chain.formats[number]
         await client.command(
-            "blockdev-add", {"driver": "qcow2", "node-name": f"n{number}", "file": file, **backing}
+            "blockdev-add", {"driver": driver, "node-name": f"n{number}", "file": file, **backing}
         )
 
 
@@ -167,7 +169,7 @@ async def test_streams_of_disjoint_parts_run_side_by_side(tmp_path: Path) -> Non
         # Nothing is between n3 and n2: that was over at once.
         await finished(client, "upper")
         await stream(client, job_id="lower", device="n1", speed=65536)
-        await stream(client, job_id="upper", device="n3", base_node="n1", speed=65536)
+        await stream(client, job_id="upper", device="n3", bottom="n2", speed=65536)
         busy = "is busy: block device is in use by block job: stream"
         for device in ("n3", "n2", "n1"):
             found = await refusal(client, "block-stream", job_id="third", device=device)
@@ -303,22 +305,28 @@ async def test_events_reach_every_session(tmp_path: Path) -> None:
 
 
 class BrokenDisk:
-    """The file `path` cannot be read, until it is mended."""
+    """The file `path` cannot be read, until it is mended, and nothing of it is in the page cache."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
         self.is_broken = True
-        work = FileNode.readinto_blocking
+        work, work_nowait = FileNode.readinto_blocking, FileNode.read_nowait
 
         def read(file: FileNode, offset: int, buffer: memoryview) -> None:
             if self.is_broken and file.filename == str(path):
                 raise StorageError.from_os(OSError(errno.EIO, ""), "read", str(path))
             work(file, offset, buffer)
 
+        def read_nowait(file: FileNode, offset: int, length: int) -> Buffer | None:
+            if self.is_broken and file.filename == str(path):
+                return None
+            return work_nowait(file, offset, length)
+
         monkeypatch.setattr(FileNode, "readinto_blocking", read)
+        monkeypatch.setattr(FileNode, "read_nowait", read_nowait)
 
 
 async def test_error_with_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = await make(tmp_path, LAYERS)
+    chain = await make(tmp_path, LAYERS, base_format="raw")
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         await add_chain(client, chain)
@@ -330,14 +338,15 @@ async def test_error_with_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         error = await client.event("BLOCK_JOB_ERROR")
         assert error == {"device": "j", "operation": "read", "action": "report"}
         completed = await client.event("BLOCK_JOB_COMPLETED")
-        assert completed["error"] == f"Could not read '{chain.paths[0]}': Input/output error"
+        assert completed["error"] == "Input/output error"
+        assert completed["x-detail"] == f"Could not read '{chain.paths[0]}': Input/output error"
         assert completed["offset"] < completed["len"]
         nodes = daemon.services.graph.nodes
         assert nodes["n3"].backing is nodes["n2"]
 
 
 async def test_error_with_stop_then_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = await make(tmp_path, LAYERS)
+    chain = await make(tmp_path, LAYERS, base_format="raw")
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         await add_chain(client, chain)
@@ -357,7 +366,7 @@ async def test_error_with_stop_then_resume(tmp_path: Path, monkeypatch: pytest.M
 
 
 async def test_error_with_ignore_keeps_the_backing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chain = await make(tmp_path, LAYERS)
+    chain = await make(tmp_path, LAYERS, base_format="raw")
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         await add_chain(client, chain)
@@ -372,3 +381,42 @@ async def test_error_with_ignore_keeps_the_backing(tmp_path: Path, monkeypatch: 
         assert completed["offset"] == completed["len"]
         disk.is_broken = False
     assert qemu_img.content(chain.active) == chain.content
+
+
+@pytest.mark.parametrize("on_error", ["report", "ignore"])
+async def test_a_map_that_cannot_be_read_ends_the_stream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_error: str
+) -> None:
+    """There is nothing to ignore: what would be left out nobody knows."""
+    chain = await make(tmp_path, LAYERS)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await add_chain(client, chain)
+        disk = BrokenDisk(monkeypatch, chain.paths[0])
+        await stream(client, job_id="j", device="n3", on_error=on_error)
+        await finished(client)
+        error = await client.event("BLOCK_JOB_ERROR")
+        assert error == {"device": "j", "operation": "read", "action": on_error}
+        completed = await client.event("BLOCK_JOB_COMPLETED")
+        assert completed["x-detail"] == f"Could not read '{chain.paths[0]}': Input/output error"
+        assert completed["offset"] < completed["len"]
+        disk.is_broken = False
+    assert qemu_img.content(chain.active) == chain.content
+
+
+async def test_filter_that_a_stream_was_asked_for_stays(tmp_path: Path) -> None:
+    """A restart looks the stream up by that name, which must not be another node's by then."""
+    chain = await make(tmp_path, LAYERS)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await client.command("object-add", {"qom-type": "throttle-group", "id": "g"})
+        image = {"driver": "qcow2", "file": {"driver": "file", "filename": str(chain.active)}}
+        throttle = {"driver": "throttle", "node-name": "th", "throttle-group": "g", "file": image}
+        await client.command("blockdev-add", throttle)
+        await client.command("block-stream", {"job-id": "j", "device": "th", "speed": 1})
+        assert (await refusal(client, "blockdev-del", node_name="th"))[1] == (
+            "Node 'th' is busy: block device is in use by block job: stream"
+        )
+        await client.command("block-job-cancel", device="j", force=True)
+        await client.event("BLOCK_JOB_CANCELLED")
+        await client.command("blockdev-del", {"node-name": "th"})

@@ -1,12 +1,18 @@
 """blockdev-create: files and images as jobs that are not block jobs."""
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
+from blockd.commands import creation
+from blockd.devices.changes import Change, make_changes
+from blockd.devices.reopening import Reopen
+from blockd.errors import RequestError
 from tests import qemu_img
-from tests.chains import make
-from tests.control.running import refusal, running
+from tests.chains import make, read_all
+from tests.control.running import refusal, running, until
 from tests.qmp_client import Json, QmpClient
 
 MIB = 1 << 20
@@ -172,3 +178,88 @@ async def test_image_with_subclusters_says_what_it_is(tmp_path: Path) -> None:
         (image,) = [node["image"] for node in nodes if node["node-name"] == "new"]
         assert (image["cluster-size"], image["format-specific"]["data"]["extended-l2"]) == (65536, True)
     qemu_img.assert_sound(path)
+
+
+async def test_file_is_left_alone_while_an_image_is_made_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def create_later(*arguments: object) -> None:
+        reached.set()
+        await goes_on.wait()
+
+    monkeypatch.setattr(creation, "create_image", create_later)
+    qemu_img.create(tmp_path / "f", MIB)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        node = {"driver": "file", "node-name": "f", "filename": str(tmp_path / "f")}
+        await client.command("blockdev-add", node)
+        options = {"driver": "qcow2", "file": "f", "size": MIB}
+        await client.command("blockdev-create", {"job-id": "c", "options": options})
+        await reached.wait()
+        tries: list[tuple[str, dict[str, object]]] = [
+            ("block-export-add", {"type": "nbd", "id": "e", "node-name": "f"}),
+            ("block_resize", {"node-name": "f", "size": MIB}),
+            ("blockdev-add", {"driver": "qcow2", "node-name": "q", "file": "f", "read-only": True}),
+        ]
+        for command, arguments in tries:
+            found = await refusal(client, command, **arguments)
+            assert "by blockdev-create (uses node" in found[1]
+        goes_on.set()
+        await client.event("JOB_STATUS_CHANGE", id="c", status="concluded")
+        for command, arguments in tries:
+            await client.command(command, arguments)
+            if command == "block-export-add":
+                await client.command("block-export-del", id="e")
+
+
+class Fails(Change):
+    """Lets something else happen when it is its turn, and then cannot be performed."""
+
+    def __init__(self, meanwhile: Callable[[], Awaitable[None]]) -> None:
+        self._meanwhile = meanwhile
+
+    async def prepare(self) -> None:
+        """Nothing is needed."""
+
+    async def perform(self) -> None:
+        await self._meanwhile()
+        raise RequestError("no")
+
+    async def undo(self) -> None:
+        """It was not performed."""
+
+    async def clean(self) -> None:
+        """Nothing was opened."""
+
+
+async def test_job_that_ends_amid_another_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image loses its backing → a job ends, whose file nobody needs → the change fails → as before."""
+    chain, may_end = await make(tmp_path, ["AB0-A-AB", "-C-C--0-"]), asyncio.Event()
+
+    async def held(*_: object) -> None:
+        await may_end.wait()
+
+    async def let_job_end() -> None:
+        may_end.set()
+        for _ in range(100):
+            await asyncio.sleep(0)
+
+    monkeypatch.setattr(creation, "create_image", held)
+    async with running(tmp_path) as daemon:
+        client, services = await daemon.qmp(), daemon.services
+        file = {"driver": "file", "filename": str(chain.active)}
+        top = {"driver": "qcow2", "node-name": "top", "file": file}
+        await client.command("blockdev-add", top)
+        image = services.graph["top"]
+        (tmp_path / "new").touch()
+        making = {"driver": "qcow2", "file": {**file, "filename": str(tmp_path / "new")}, "size": MIB}
+        await client.command("blockdev-create", {"job-id": "c", "options": making})
+        await until(lambda: len(services.graph.nodes) == len(chain.paths) * 2 + 1)
+        reopen = Reopen(services.devices, services.streams, {**top, "backing": None})
+        with pytest.raises(RequestError, match="no"):
+            await make_changes(services.devices, [reopen, Fails(let_job_end)])
+        assert await read_all(image) == chain.content
+        await client.event("JOB_STATUS_CHANGE", id="c", status="concluded")
+        assert len(services.graph.nodes) == len(chain.paths) * 2

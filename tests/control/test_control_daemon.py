@@ -2,6 +2,7 @@
 
 import asyncio
 import fcntl
+import os
 import signal
 import stat
 import sys
@@ -11,6 +12,7 @@ import pytest
 
 from blockd.cli.options import parse_command_line
 from blockd.daemon import Daemon
+from blockd.daemon.pidfile import Pidfile
 from blockd.errors import RequestError
 from tests import qemu_img
 from tests.chains import make
@@ -60,7 +62,7 @@ async def test_quit_cancels_jobs_replies_and_hangs_up(tmp_path: Path, start_daem
             message = await client.receive()
             seen.append(message.get("event", message.get("id")))
     assert seen == [
-        *("JOB_STATUS_CHANGE", "BLOCK_JOB_CANCELLED"),
+        *("BLOCK_EXPORT_DELETED", "JOB_STATUS_CHANGE", "BLOCK_JOB_CANCELLED"),
         *("JOB_STATUS_CHANGE", "JOB_STATUS_CHANGE", "bye"),
     ]
     await other.event("BLOCK_JOB_CANCELLED")
@@ -91,7 +93,7 @@ async def test_pidfile_says_who_is_ready_and_is_locked(tmp_path: Path, start_dae
 
 async def test_pidfile_of_a_dead_daemon_is_taken_over(tmp_path: Path, start_daemon: StartDaemon) -> None:
     pidfile = tmp_path / "pid"
-    pidfile.write_text("999999999\nleft behind\n")
+    pidfile.write_text("9999999999\n\0\0")
     daemon = DaemonProcess(tmp_path, own_sockets=False)
     daemon.arguments = ["--qmp", str(tmp_path / "q"), "--pidfile", str(pidfile)]
     await daemon.launch()
@@ -100,6 +102,39 @@ async def test_pidfile_of_a_dead_daemon_is_taken_over(tmp_path: Path, start_daem
             await asyncio.sleep(0.01)
     assert await daemon.stop() == 0
     assert not pidfile.exists()
+
+
+OTHERS = ["QFI\xfb and the rest", "12 is how it begins", "12\nbegins it", "12\n13\n", "9" * 20, "\0" * 512]
+
+
+@pytest.mark.parametrize("content", [*OTHERS, None])
+def test_a_pidfile_is_not_put_over_something_else(tmp_path: Path, content: str | None) -> None:
+    other = tmp_path / "other"
+    if content is None:  # a device that takes writes, such as /dev/null
+        os.mkfifo(other, 0o644)
+    else:
+        other.write_text(content)
+    with pytest.raises(RequestError, match="other: the file exists and is not a pidfile"):
+        Pidfile.create_blocking(str(other))
+    assert other.is_fifo() if content is None else other.read_text() == content
+    assert content is not None or stat.S_IMODE(other.stat().st_mode) == 0o644
+
+
+def test_what_cannot_be_a_pidfile_is_not_even_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There are devices that act when they are opened: a watchdog, a tape, a terminal."""
+    device, opened, open_really = tmp_path / "device", [], os.open
+    os.mkfifo(device)
+
+    def noted(path: Path, *arguments: int) -> int:
+        opened.append(path)
+        return open_really(path, *arguments)
+
+    monkeypatch.setattr(os, "open", noted)
+    with pytest.raises(RequestError, match="device: the file exists and is not a pidfile"):
+        Pidfile.create_blocking(str(device))
+    assert opened == []
+    Pidfile.create_blocking(str(tmp_path / "pid")).remove_blocking()
+    assert opened == [tmp_path / "pid"]
 
 
 async def test_option_that_fails_is_named_and_nothing_is_left(tmp_path: Path) -> None:
@@ -141,7 +176,7 @@ async def test_options_that_cannot_be_done(
         (tmp_path / name).write_bytes(bytes(65536))
     config = parse_command_line([*options.split(), "--pidfile", "pid"]).config
     with pytest.raises(RequestError) as caught:
-        await Daemon().run(config, lambda: pytest.fail("was ready"))
+        await Daemon().run(config, lambda _: pytest.fail("was ready"))
     assert text in caught.value.message
     assert caught.value.message.startswith("--")
     assert {path.name for path in tmp_path.iterdir()} == {"disk.raw", "other.raw"}

@@ -1,5 +1,6 @@
 """The NBD server, exports and nodes over QMP: texts, shapes, and who uses what."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from tests import qemu_img
 from tests.chains import make
 from tests.control.running import refusal, running
+from tests.programs import run
 from tests.qmp_client import QmpClient
 
 LAYERS = ["AB0-", "-C--"]
@@ -54,6 +56,26 @@ async def test_exports_in_order(tmp_path: Path) -> None:
     assert qemu_img.content(chain.active)[:5] == b"hello"
 
 
+async def test_a_client_that_is_alone_is_not_told_to_come_with_others(tmp_path: Path) -> None:
+    """nbdcopy opens several connections where it may, and waits for all of them."""
+    chain = await make(tmp_path, LAYERS)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await add_node(client, chain.active, "top")
+        await client.command("nbd-server-stop")
+        for count, allows_many in [(1, False), (2, True)]:
+            path = str(tmp_path / "one.nbd")
+            place = {"type": "unix", "data": {"path": path}}
+            await client.command("nbd-server-start", {"addr": place, "max-connections": count})
+            await export(client, "top", "e")
+            copied = tmp_path / f"copied{count}"
+            await run("nbdcopy", f"nbd+unix:///top?socket={path}", copied)
+            assert copied.read_bytes() == chain.content
+            info = json.loads(await run("nbdinfo", "--json", f"nbd+unix:///top?socket={path}"))
+            assert info["exports"][0]["can_multi_conn"] is allows_many
+            await client.command("nbd-server-stop")
+
+
 async def test_refused_exports(tmp_path: Path) -> None:
     chain = await make(tmp_path, LAYERS)
     async with running(tmp_path) as daemon:
@@ -88,7 +110,11 @@ async def test_a_backing_cannot_be_exported_writable(tmp_path: Path) -> None:
         await add_node(client, chain.active, "top", backing="base")
         arguments = {"type": "nbd", "id": "e", "node_name": "base"}
         found = await refusal(client, "block-export-add", **arguments, writable=True)
-        text = "Conflicts with use by top as 'backing', which does not allow 'write' on base"
+        text = (
+            "Permission conflict on node 'base': permissions 'write' are both required by an unnamed block "
+            "device (uses node 'base' as 'root' child) and unshared by node 'top' (uses node 'base' as "
+            "'backing' child)."
+        )
         assert found == ("GenericError", text)
         await export(client, "base", "e")
         assert await refusal(client, "blockdev-del", node_name="base") == (
@@ -172,7 +198,7 @@ async def test_query_block_and_nodes(tmp_path: Path) -> None:
             assert node["image"]["actual-size"] == Path(node["file"]).stat().st_blocks * 512
 
 
-@pytest.mark.parametrize("size", [SIZE * 2, SIZE + 512])
+@pytest.mark.parametrize("size", [SIZE * 2, SIZE + 512, SIZE - 512, SIZE // 2])
 async def test_resize(tmp_path: Path, size: int) -> None:
     chain = await make(tmp_path, LAYERS)
     async with running(tmp_path, "--device", f"vda={chain.active}") as daemon:
@@ -184,9 +210,14 @@ async def test_resize(tmp_path: Path, size: int) -> None:
         assert found[1] == "Parameter 'size' expects a >0 size"
         found = await refusal(client, "block_resize", node_name="nope", size=512)
         assert found[1] == "Cannot find device='' nor node-name='nope'"
+        # Guests cannot be told of another size.
+        found = await refusal(client, "block_resize", device="vda", size=size)
+        assert found[1].startswith("Permission conflict on node")
+        await client.command("block-export-del", id="vda")
         await client.command("block_resize", device="vda", size=size)
+        await client.command("nbd-server-add", device="vda")
         assert (await daemon.guest("vda")).size == size
-    assert qemu_img.content(chain.active) == chain.content.ljust(size, b"\0")
+    assert qemu_img.content(chain.active) == chain.content[:size].ljust(size, b"\0")
 
 
 async def test_nodes_in_a_job_are_not_removed_or_resized(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Speed limits: within 5 % over ten seconds, and never more than a slice at once."""
 
 import asyncio
+from collections.abc import Sequence
 from itertools import pairwise
 
 import pytest
 
 from blockd.block.node import FillCounts
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range
 from blockd.jobs.manager import JobManager
 from blockd.jobs.stream import RATE_SLICE_S, StreamJob
 from blockd.ratelimit import SLICE_S
@@ -32,6 +33,7 @@ class SlowTarget:
         self.size = 100 * GIB
         self.guest_written = 0
         self.guest_waits = NoGuests()
+        self.copies_in_order = False
         self.active = MemoryNode(0, cluster_size=CLUSTER)
         self.copies: list[tuple[float, int]] = []
         self.copy_s = copy_s
@@ -39,12 +41,13 @@ class SlowTarget:
     async def missing(self, offset: int, length: int) -> list[Extent]:
         return [Extent(offset, length, Kind.DATA)]
 
-    async def populate(self, offset: int, length: int) -> FillCounts:
+    async def populate(self, ranges: Sequence[Range]) -> FillCounts:
+        length = sum(end - start for start, end in ranges)
         await asyncio.sleep(self.copy_s * length / MIB)
         self.copies.append((now(), length))
         return FillCounts(length, 0, 0)
 
-    async def keep_writes(self) -> None:
+    async def run_staging(self) -> None:
         """Nobody writes."""
 
     async def flush(self) -> None:
@@ -54,16 +57,20 @@ class SlowTarget:
         return sum(length for time, length in self.copies if start <= time < end)
 
 
-async def stream_for(seconds: float, target: SlowTarget, *speeds: int) -> list[float]:
-    """Stream with each speed for so long; returns when each began, and the end."""
-    job = StreamJob(
+def job_of(target: SlowTarget, speed: int) -> StreamJob:
+    return StreamJob(
         "j",
         target,  # type: ignore[arg-type]
         base_filename=None,
         base_format=None,
-        speed=speeds[0],
+        speed=speed,
         clock=now,
     )
+
+
+async def stream_for(seconds: float, target: SlowTarget, *speeds: int) -> list[float]:
+    """Stream with each speed for so long; returns when each began, and the end."""
+    job = job_of(target, speeds[0])
     times = []
     async with JobManager(Recorder()) as jobs:
         jobs.start(job)
@@ -116,6 +123,28 @@ def test_new_speed_holds_at_once() -> None:
     first, second, third, end = run(stream_for(4, target, MIB, 20 * MIB, 2 * MIB))
     for start, stop, speed in ((first, second, MIB), (second, third, 20 * MIB), (third, end, 2 * MIB)):
         assert target.copied(start, stop) == pytest.approx(4 * speed, rel=0.05)
+
+
+@pytest.mark.parametrize("verb", ["pause", "set_speed"])
+def test_two_clients_may_interrupt_the_wait_at_once(verb: str) -> None:
+    """Whenever the second one comes: the job has not noticed the first one yet."""
+
+    async def main(steps: int) -> float:
+        job = job_of(SlowTarget(0.0), 1)
+        async with JobManager(Recorder()) as jobs:
+            jobs.start(job)
+            await asyncio.sleep(10)
+            job.set_speed(2)
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            job.set_speed(3) if verb == "set_speed" else job.pause()
+            await asyncio.sleep(10)
+            assert job.error is None
+            assert job.status == ("running" if verb == "set_speed" else "paused")
+        return now()
+
+    for steps in range(6):
+        run(main(steps))
 
 
 def test_less_than_a_cluster_a_second() -> None:

@@ -1,13 +1,14 @@
 """Images that become read-only or writable while they are open."""
 
 import fcntl
+import json
 import os
 from pathlib import Path
 
 import pytest
 
 from blockd.block.node import BlockNode
-from blockd.devices.streams import StreamRequest
+from blockd.devices.stream_request import StreamRequest
 from blockd.drivers import NodeGraph
 from blockd.errors import BlockdError, ImageError, RequestError
 from blockd.formats.qcow2.header import INCOMPATIBLE_CORRUPT, INCOMPATIBLE_FIELD
@@ -94,7 +95,7 @@ async def test_one_writer_only(tmp_path: Path) -> None:
     common = {"driver": "qcow2", "read-only": True}
     one = await graph.open({**common, "node-name": "one", "file": {**file, "node-name": "f"}})
     await graph.open({**common, "node-name": "same", "file": "f"})
-    with pytest.raises(RequestError, match="are both required by node 'same'"):
+    with pytest.raises(RequestError, match=r"are both required by node 'one' .* unshared by node 'same'"):
         await graph.set_read_only(one, False)
     await graph.remove("same")
     await graph.open({**common, "node-name": "other", "file": file})
@@ -202,14 +203,14 @@ async def test_read_only_again_after_a_cancel(tmp_path: Path, end: str) -> None:
 
 
 async def test_stream_of_nothing(tmp_path: Path) -> None:
-    """An image that lacks nothing has an empty job, as with QEMU, be it raw or read-only."""
+    """An image that lacks nothing has an empty job, as with QEMU."""
     chain = await make(tmp_path, LAYERS[:1])
     (tmp_path / "disk.raw").write_bytes(bytes(CLUSTER))
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         for number, (driver, path) in enumerate([("qcow2", chain.active), ("raw", tmp_path / "disk.raw")]):
             file = {"driver": "file", "filename": str(path)}
-            options = {"driver": driver, "node-name": f"n{number}", "file": file, "read-only": True}
+            options = {"driver": driver, "node-name": f"n{number}", "file": file}
             await client.command("blockdev-add", options)
             await stream(client, device=f"n{number}")
             assert await client.event("BLOCK_JOB_COMPLETED") == {
@@ -250,3 +251,92 @@ async def test_image_whose_file_may_not_be_written_is_not_streamed_into(tmp_path
         with pytest.raises(RequestError, match="Block node is read-only"):
             await daemon.services.streams.start(StreamRequest(node, "j"))
         assert client.events == []
+
+
+async def test_a_raw_image_goes_on_in_another_file(tmp_path: Path) -> None:
+    """What was written before is in the one that it had then."""
+    contents = {"one": b"1" * CLUSTER, "two": b"2" * CLUSTER}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        for name in contents:
+            file = {"driver": "file", "node-name": name, "filename": str(tmp_path / name)}
+            await client.command("blockdev-add", file)
+        raw = {"driver": "raw", "node-name": "raw", "file": "one"}
+        await client.command("blockdev-add", raw)
+        image = daemon.services.graph["raw"]
+        await image.write(0, b"w" * 512)
+        await client.command("blockdev-reopen", options=[{**raw, "file": "two"}])
+        assert (await image.read(0, 512), image.filename) == (b"2" * 512, str(tmp_path / "two"))
+        await image.write(512, b"w" * 512)
+        # Nobody else may write to it now, and the first file is nobody's.
+        await client.command("blockdev-del", {"node-name": "one"})
+    assert (tmp_path / "one").read_bytes() == b"w" * 512 + contents["one"][512:]
+    assert (tmp_path / "two").read_bytes() == b"2" * 512 + b"w" * 512 + contents["two"][1024:]
+
+
+async def test_a_stream_below_a_raw_image(tmp_path: Path) -> None:
+    """The filter of the job comes between them, and goes again."""
+    chain = await make(tmp_path, LAYERS)
+    async with running(tmp_path) as daemon:
+        client = await daemon.qmp()
+        image = {
+            "driver": "qcow2",
+            "node-name": "q",
+            "file": {"driver": "file", "filename": str(chain.active)},
+        }
+        await client.command("blockdev-add", {"driver": "raw", "node-name": "raw", "file": image})
+        await client.command("block-stream", {"job-id": "j", "device": "q"})
+        await client.event("JOB_STATUS_CHANGE", status="null")
+        assert await read_all(daemon.services.graph["raw"]) == chain.content
+        assert daemon.services.graph["raw"].children()["file"] is daemon.services.graph["q"]
+    assert qemu_img.content(chain.active) == chain.content
+
+
+# -- copy-on-read down to a bottom ------------------------------------------------------------
+
+
+def node(name: str, path: Path, backing: str | None = None) -> str:
+    options = {"driver": "qcow2", "node-name": name, "file": {"driver": "file", "filename": str(path)}}
+    return json.dumps({**options, "backing": backing})
+
+
+async def test_the_base_of_copy_on_read_may_leave_the_chain(tmp_path: Path) -> None:
+    """A stream into the bottom takes away what is below it; links above stay frozen, others do not."""
+    chain = await make(tmp_path, LAYERS[:3])
+    other = qemu_img.create(tmp_path / "other.qcow2", CLUSTER)
+    base, middle, active = chain.paths
+    words = [node("base", base), node("middle", middle, "base"), node("active", active, "middle")]
+    words += [node("other", other, "base")]
+    front = {"driver": "copy-on-read", "node-name": "front", "file": "active", "bottom": "middle"}
+    options = [word for blockdev in (*words, json.dumps(front)) for word in ("--blockdev", blockdev)]
+    async with running(tmp_path, *options) as daemon:
+        client = await daemon.qmp()
+        await client.command("block-stream", {"device": "middle", "job-id": "j"})
+        await client.event("BLOCK_JOB_COMPLETED")
+        await client.command("blockdev-reopen", options=[json.loads(node("other", other))])
+        error = await refusal(client, "blockdev-reopen", options=[json.loads(node("active", active))])
+        assert error == ("GenericError", "Cannot change frozen 'backing' link from 'active' to 'middle'")
+
+
+async def test_nothing_is_copied_from_behind_a_filter_below_the_bottom(tmp_path: Path) -> None:
+    chain = await make(tmp_path, LAYERS[:3])
+    base, middle, active = chain.paths
+    group = json.dumps({"qom-type": "throttle-group", "id": "group"})
+    below = {"driver": "throttle", "node-name": "below", "throttle-group": "group", "file": "base"}
+    front = {"driver": "copy-on-read", "node-name": "front", "file": "active", "bottom": "middle"}
+    words = [node("base", base), json.dumps(below), node("middle", middle, "below")]
+    words += [node("active", active, "middle"), json.dumps(front)]
+    options = [word for blockdev in words for word in ("--blockdev", blockdev)]
+    export = ("--export", "nbd,id=e,node-name=front,name=vda,writable=on")
+    async with running(tmp_path, "--object", group, *options, *export) as daemon:
+        guest = await daemon.guest("vda")
+        assert await guest.read(0, len(chain.content)) == chain.content
+    own = {
+        start // CLUSTER
+        for extent in qemu_img.map_of(active, "qcow2")
+        if not extent["depth"]
+        for start in range(extent["start"], extent["start"] + extent["length"], CLUSTER)
+    }
+    assert own == {0, 1, 3, 6, 7}, "what the active image and the middle one have"

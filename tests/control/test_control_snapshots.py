@@ -85,7 +85,7 @@ async def test_snapshot_on_a_node_is_refused(tmp_path: Path) -> None:
             ("plain", "top", "The overlay is already in use"),
             ("top", "used", "The overlay is already in use"),
             ("top", "th", "Filters cannot be used as overlays"),
-            ("plain", "raw", "The overlay is already in use"),
+            ("plain", "raw", "The overlay does not support backing images"),
             ("top", "ro", "Block node is read-only"),
             ("top", "small", "The overlay 'small' has 65536 bytes, fewer than the 524288 of 'top'"),
         ]
@@ -269,8 +269,9 @@ async def test_another_name_for_the_backing_file(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         await add(client, "base", chain.paths[0])
-        await add(client, "middle", chain.paths[1], backing="base", **{"read-only": True})
-        await add(client, "top", chain.paths[2], backing="middle")
+        file = {"driver": "file", "filename": str(chain.paths[1])}
+        middle = {"driver": "qcow2", "node-name": "middle", "file": file, "backing": "base"}
+        await add(client, "top", chain.paths[2], backing=middle)
         await client.command(
             "change-backing-file",
             {"device": "top", "image-node-name": "middle", "backing-file": "other.qcow2"},

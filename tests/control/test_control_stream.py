@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from blockd.devices.streams import JobOptions, StreamRequest
+from blockd.devices.stream_request import JobOptions, StreamRequest
 from blockd.errors import RequestError
 from blockd.jobs.states import JobStatus
+from blockd.units import KIB
 from tests import qemu_img
 from tests.chains import Chain, make
 from tests.control.running import refusal, running, until
@@ -59,7 +60,8 @@ async def test_stream_of_everything(tmp_path: Path, base_format: str) -> None:
         completed = await client.event("BLOCK_JOB_COMPLETED")
         assert completed == {"type": "stream", "device": "vda", "len": size, "offset": size, "speed": 0}
         classic = await client.event("BLOCK_STREAM_COMPLETED")
-        assert classic == {"device": "vda", "len": size, "offset": size}
+        copied = 4 * 64 * KIB  # A, C, C and B; zeroes are not copied
+        assert classic == {"device": "vda", "len": size, "offset": size, "copied": copied}
         assert backing_of(chain.active) is None
         # The layers below are closed, the guest goes on.
         assert len(await client.command("query-named-block-nodes")) == 2
@@ -118,6 +120,23 @@ async def test_nothing_to_stream_is_done_before_the_reply(tmp_path: Path) -> Non
         await client.command("block_stream", device="vda", base=str(chain.paths[0]))
         assert client.event_names() == BEFORE_REPLY + AFTER_REPLY
         assert backing_of(chain.active) == str(chain.paths[0])
+
+
+async def test_a_stream_that_is_paused_says_of_no_time_that_it_is_left(tmp_path: Path) -> None:
+    chain = await make(tmp_path, LAYERS)
+    async with running(tmp_path, "--device", f"vda={chain.active}") as daemon:
+        client = await daemon.qmp()
+        await client.command("block_stream", device="vda", speed=1)  # one piece, and no other for hours
+        async with asyncio.timeout(60):
+            while (await client.command("block_stream_status", device="vda"))[0].get("seconds-left") is None:
+                pass
+        await client.command("block-job-pause", device="vda")
+        [status] = await client.command("block_stream_status", device="vda")
+        assert status.get("seconds-left") is None
+        await client.command("block-job-resume", device="vda")
+        [status] = await client.command("block_stream_status", device="vda")
+        assert status["seconds-left"] > 0
+        await client.command("block_stream_cancel", device="vda")
 
 
 async def test_refusals_change_nothing(tmp_path: Path) -> None:

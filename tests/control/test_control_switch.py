@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from blockd.config import MovedDevice
 from blockd.errors import StorageError
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.protocols.nbd_client import NbdClient
@@ -47,6 +48,7 @@ async def test_live_block_copy(tmp_path: Path) -> None:
         assert await guest.read(0, SIZE) == expected
         nodes = await client.command("query-named-block-nodes")
         assert {node["file"] for node in nodes} == {str(copy)}
+    assert daemon.moved == [MovedDevice("vda", str(copy))]
     assert qemu_img.content(copy) == bytes(expected)
     assert qemu_img.content(chain.active) == old
     qemu_img.assert_sound(copy)

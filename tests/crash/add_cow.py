@@ -62,11 +62,7 @@ def _on_add_cow(workload: Workload) -> Workload:
 
 
 ADD_COW_WORKLOADS = [
-    *(
-        _on_add_cow(workload)
-        for workload in WORKLOADS
-        if not workload.is_large and workload.cluster_count < 100
-    ),
+    *(_on_add_cow(workload) for workload in WORKLOADS if workload.is_for_all),
     *(
         _on_add_cow(Workload(run))
         for run in (stream_over_rubbish, live_as_plain_image, stream_to_base_and_grow)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.errors import BlockdError, ImageError
+from blockd.formats.qcow2 import header as headers
 from tests import qemu_img
 from tests.chains import read_all
 from tests.crash.scene import Scene, Since
@@ -111,11 +112,19 @@ class Judge:
             problems = [str(finding) for finding in report.findings if not finding.is_leak]
             image = await _open(scene, disks, top)
             content = await read_all(image)
+            is_in_use = _says_that_it_is_in_use(file)
             await open_overlay(file, None)
         except BlockdError as error:
             return Verdict((error.message,), b"", None)
-        if (file.log or (file.beside and file.beside.log)) and not report.is_dirty:
+        is_marked = report.is_dirty or is_in_use
+        if (file.log or (file.beside and file.beside.log)) and not is_marked:
             problems.append("opening wrote to it")
+        leaks = 0 if scene.has_leaks else report.leaks
+        has_marks = scene.image_format == "qed" or _knows_marks(file)
+        if leaks and has_marks and not is_marked:
+            problems.append("clusters are leaked, and nothing says so")
+        if leaks and _knows_marks(file) and (await check(file)).leaks:
+            problems.append("leaked clusters were not given back")
         content = self._contents.setdefault(content, content)
         return Verdict(tuple(problems), content, image.backing_filename)
 
@@ -162,6 +171,18 @@ async def stream_again(scene: Scene, disks: Disks, top: int, content: bytes) -> 
     assert whole.backing_filename == scene.base_name
     assert await read_all(whole) == content
     return True
+
+
+def _knows_marks(file: RecordingFile) -> bool:
+    """Whether it is a qcow2 image with a place for the bit that says that it is in use."""
+    return file.disk[:4] == b"QFI\xfb" and headers.parse(bytes(file.disk), file.filename).version >= 3
+
+
+def _says_that_it_is_in_use(file: RecordingFile) -> bool:
+    if not _knows_marks(file):
+        return False
+    header = headers.parse(bytes(file.disk), file.filename)
+    return bool(header.autoclear & headers.AUTOCLEAR_IN_USE)
 
 
 async def _open(scene: Scene, disks: Disks, index: int, *, read_only: bool = True) -> OverlayNode:

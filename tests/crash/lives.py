@@ -8,7 +8,7 @@ from blockd.aio import task_group
 from blockd.block.node import BlockNode
 from tests.crash.judge import Judge
 from tests.crash.operations import OPERATIONS, TARGETS, is_possible
-from tests.crash.scene import SETTLED_STEP_COUNT, Scene, unwrapped
+from tests.crash.scene import COLD_SHARES, SETTLED_STEP_COUNT, Scene, unwrapped
 from tests.doubles import LateNode
 from tests.inline_threads import steps
 
@@ -58,6 +58,9 @@ class Life:
     options: tuple[tuple[str, object], ...] = ()
     # The backing answers late, so that guests are ahead of streams.
     is_late: bool = False
+    # Over files that are not in the page cache, with small caches.
+    is_cold: bool = False
+    seed: int = 0
 
     async def run(self) -> Scene:
         """Live it; at the end the power is cut."""
@@ -67,6 +70,8 @@ class Life:
             options=dict(self.options),
             base_name=self.base_name,
             is_slow=self.is_slow,
+            cold_share=COLD_SHARES["cold"] if self.is_cold else 0,
+            seed=self.seed,
             wrap_source=_late if self.is_late else unwrapped,
         )
         async with scene.running():
@@ -121,6 +126,8 @@ def draw(rng: random.Random, step_count: int) -> Life:
         else:
             life.steps.append(Together(tuple(_draw_guest_step(rng) for _ in range(rng.randrange(2, 5)))))
     life.is_late = rng.random() < 0.5
+    life.is_cold = rng.random() < 0.5
+    life.seed = rng.getrandbits(32)
     return life
 
 

@@ -12,9 +12,9 @@ from unittest.mock import patch
 from blockd.extents import Kind
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.qcow2 import checkpoint
-from blockd.formats.qcow2.allocator import RefcountChanges
 from blockd.formats.qcow2.create import create
 from blockd.formats.qcow2.mapping import TableWrite, pack_entries
+from blockd.formats.qcow2.refcount_changes import RefcountChanges
 from blockd.formats.raw.create import create as create_raw
 from blockd.formats.raw.image import RawImage
 from blockd.protocols.nbd_client import NbdClient

@@ -66,7 +66,7 @@ def _on_qed(workload: Workload) -> Workload:
 
 _SMALL_TABLES = (("table_size", 1),)
 QED_WORKLOADS = [
-    *(_on_qed(workload) for workload in WORKLOADS if not workload.is_large and workload.cluster_count < 100),
+    *(_on_qed(workload) for workload in WORKLOADS if workload.is_for_all),
     _on_qed(Workload(write_without_a_backing)),
     _on_qed(Workload(write_across_qed_tables, TABLE_SPAN + 8, options=_SMALL_TABLES)),
     _on_qed(Workload(grow_into_another_table, options=_SMALL_TABLES)),

@@ -5,27 +5,33 @@ takes steps, of a copy each, when it is told to, so that anything can happen bet
 """
 
 import asyncio
+import contextlib
 import random
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from itertools import cycle, islice
 from typing import NamedTuple
 
-from blockd.block.node import BlockNode, FillCounts
+from blockd.block.node import BlockNode, FillCounts, OverlayNode
+from blockd.extents import Range
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.raw.image import RawImage
 from blockd.jobs import stream as stream_module
 from blockd.jobs.states import JobStatus
 from blockd.jobs.stream import StreamJob
+from tests.cold_file import coldness, hold_few_tables
 from tests.guest import Guest, RootDisk
 from tests.inline_threads import steps, use_inline_threads
 from tests.model import AfterCrash, ModelDisk, drawn
 from tests.recording import Disks, RecordingFile, Tape
+from tests.scheduled_threads import RandomThreads, scheduled
 from tests.streaming import Streaming, create, open_overlay, overlay, streaming
 
 BASE, MIDDLE = "base.raw", "middle.qcow2"
 # What a stream copies at a time, and how much it copies between two checkpoints, in clusters.
 STEP_CLUSTER_COUNT, CHECKPOINT_CLUSTER_COUNT = 2, 4
+# How often files say that they would wait: never, at random, always.
+COLD_SHARES = {"warm": 0, "cold": 0.7, "all cold": 1}
 # After this many turns of the event loop nothing moves any more but what waits at a gate.
 SETTLED_STEP_COUNT = 30
 
@@ -55,10 +61,10 @@ class GatedStream(BlkStream):
 
     gate: Gate
 
-    async def populate(self, offset: int, length: int, *, keep_cached: bool = False) -> FillCounts:
+    async def populate(self, ranges: Sequence[Range], *, keep_cached: bool = False) -> FillCounts:
         if not keep_cached:  # a copy of the job, not one for a guest's read
             await self.gate.wait()
-        return await super().populate(offset, length, keep_cached=keep_cached)
+        return await super().populate(ranges, keep_cached=keep_cached)
 
 
 class Since(NamedTuple):
@@ -87,6 +93,7 @@ class Scene:
         base_name: str | None = None,
         file_type: type[RecordingFile] = RecordingFile,
         is_slow: bool = False,
+        cold_share: float = 0,
         prepare: Callable[[bytes], bytes] = bytes,
         hidden_count: int = 0,
         wrap_source: Callable[[BlockNode], BlockNode] = unwrapped,
@@ -117,6 +124,8 @@ class Scene:
         self._gate = Gate()
         self._file_type = file_type
         self._is_slow = is_slow
+        # So many answers at once are refused; then threads finish in any order, and caches hold two tables.
+        self._cold_share = cold_share
         # Changes the first image before anything happens to it.
         self._prepare = prepare
         # Puts something between the first image and its backing.
@@ -129,10 +138,17 @@ class Scene:
     async def running(self) -> AsyncIterator["Scene"]:
         """Build everything and record from then on; at the end the power is cut."""
         use_inline_threads()
+        threads = scheduled(RandomThreads(self._rng)) if self._cold_share else contextlib.nullcontext()
+        with threads:
+            async with self._running():
+                yield self
+
+    @asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
         await self._build_backings()
         self.model.cut(self.model.size - self._hidden_count * self.cluster_size)
         file = await self._new_overlay(MIDDLE, "qcow2", self.model.size)
-        active = await open_overlay(file, self.nodes[MIDDLE])
+        active = await self._open(file, self.nodes[MIDDLE])
         async with streaming(active) as self.streaming:
             self.streaming.filter_type = GatedStream
             disk = RootDisk(self.streaming.root)
@@ -141,7 +157,7 @@ class Scene:
             self.note_moment()
             self.model.on_change = self.note_moment
             with small_pieces(self.cluster_size):
-                yield self
+                yield
             self.model.on_change = lambda: None
             for recorded in self.files:
                 recorded.tape = []
@@ -187,9 +203,17 @@ class Scene:
             file.beside = self._recorded(bytes(made.beside.disk), made.beside.filename)
         return file
 
+    async def _open(self, file: RecordingFile, backing: BlockNode | None) -> OverlayNode:
+        image = await open_overlay(file, backing)
+        if self._cold_share:
+            hold_few_tables(image)
+        return image
+
     def _recorded(self, content: bytes, name: str) -> RecordingFile:
         file = self._file_type(content, name)
         file.is_slow = self._is_slow
+        if self._cold_share:
+            file.would_wait = coldness(self._rng, self._cold_share)
         file.tape = self.tape
         file.on_entry = self.note_moment
         self.files.append(file)
@@ -229,6 +253,11 @@ class Scene:
         self.history.append(Since(self.position, tops or (top,), frozenset(backing_names)))
 
     @property
+    def has_leaks(self) -> bool:
+        """Whether clusters were taken for nobody when the image was made."""
+        return self._prepare is not bytes
+
+    @property
     def is_streaming(self) -> bool:
         return self.job is not None
 
@@ -253,9 +282,11 @@ class Scene:
             await self.guest.read(*self._range(first, count))
             return
         root = self.streaming.root
-        root.replace(BlkStream(self.streaming.active, self.nodes[self.base_name], "#copy-on-read"))
+        async with root.drained():
+            root.replace(BlkStream(self.streaming.active, self.nodes[self.base_name], "#copy-on-read"))
         await self.guest.read(*self._range(first, count))
-        root.replace(self.streaming.active)
+        async with root.drained():
+            root.replace(self.streaming.active)
 
     async def flush(self) -> None:
         await self.guest.flush()
@@ -281,7 +312,7 @@ class Scene:
         """Let the stream copy one piece; start one if none is running."""
         job = self.job or await self._start_stream()
         self._gate.let_through()
-        await steps(SETTLED_STEP_COUNT)
+        await self._settled()
         await self._note_end(job)
 
     async def complete(self) -> None:
@@ -303,8 +334,12 @@ class Scene:
         self._gate = GatedStream.gate = Gate()
         self._since({self.streaming.active.backing_filename, self.base_name})
         self.job = await self.streaming.start(self.nodes[self.base_name])
-        await steps(SETTLED_STEP_COUNT)
+        await self._settled()
         return self.job
+
+    async def _settled(self) -> None:
+        """Return when nothing moves any more; threads that are drawn take longer, so some may."""
+        await steps(SETTLED_STEP_COUNT)
 
     async def look(self) -> None:
         """Notice a stream that has ended meanwhile."""
@@ -328,7 +363,7 @@ class Scene:
         durable = self.model.begin_flush()
         await old.close()
         self.model.finish_flush(durable)
-        self.streaming.active = await open_overlay(self.files[-self.part_count], old.backing)
+        self.streaming.active = await self._open(self.files[-self.part_count], old.backing)
         self.streaming.root.replace(self.streaming.active)
 
     async def resize(self, cluster_count: int) -> None:
@@ -362,7 +397,7 @@ class Scene:
         old = self.streaming.active
         index = self.image_count - 1
         file = await self._new_overlay(old.filename, self.image_format, old.size)
-        fresh = await open_overlay(file, None)
+        fresh = await self._open(file, None)
         names = {old.backing_filename, old.filename}
         self._since(names, tops=(index, index + 1))
         self.nodes[old.filename] = old

@@ -10,13 +10,14 @@ from tests.crash.judge import Judge
 from tests.crash.lives import draw, judge_life
 from tests.crash.operations import OPERATIONS, TARGETS, is_possible
 from tests.crash.promises import Sweep
-from tests.crash.scene import Scene
+from tests.crash.scene import COLD_SHARES, Scene
 from tests.crash.workloads import Workload
 
 
+@pytest.mark.parametrize("cold_share", COLD_SHARES.values(), ids=list(COLD_SHARES))
 @pytest.mark.parametrize("workload", ADD_COW_WORKLOADS, ids=str)
-async def test_every_crash_leaves_what_it_may(workload: Workload) -> None:
-    async with workload.scene().running() as scene:
+async def test_every_crash_leaves_what_it_may(workload: Workload, cold_share: float) -> None:
+    async with workload.scene(cold_share).running() as scene:
         await workload.run(scene)
         await scene.guest.read_all()
     assert await Judge(rerun_every=4).sweep(scene) > 5

@@ -11,13 +11,14 @@ from tests.crash.lives import draw, judge_life
 from tests.crash.operations import OPERATIONS, TARGETS, is_possible
 from tests.crash.promises import Sweep
 from tests.crash.qed import CLUSTER, QED_SWEEPS, QED_WORKLOADS, sweep_large_clusters
-from tests.crash.scene import Scene
+from tests.crash.scene import COLD_SHARES, Scene
 from tests.crash.workloads import Workload, rename_the_backing
 
 
+@pytest.mark.parametrize("cold_share", COLD_SHARES.values(), ids=list(COLD_SHARES))
 @pytest.mark.parametrize("workload", QED_WORKLOADS, ids=str)
-async def test_every_crash_leaves_what_it_may(workload: Workload, tmp_path: Path) -> None:
-    async with workload.scene().running() as scene:
+async def test_every_crash_leaves_what_it_may(workload: Workload, cold_share: float, tmp_path: Path) -> None:
+    async with workload.scene(cold_share).running() as scene:
         await workload.run(scene)
         await scene.guest.read_all()
     # QEMU cannot open images whose tables have one cluster, or whose backing file does not exist.

@@ -13,11 +13,16 @@ import pytest
 
 from tests.crash.judge import Judge
 from tests.crash.operations import OPERATIONS, TARGETS, is_possible
-from tests.crash.scene import Scene
+from tests.crash.scene import COLD_SHARES, Scene
 
 # Cluster size and count: the sizes of the smallest disks on which everything can happen.
 GEOMETRIES = [(2048, 4), (1024, 8), (512, 16)]
-STATE_COUNT_MIN = 5_000
+STATE_COUNT_MIN = 4_000
+
+# Geometry, and what is streamed to.
+SmallDisk = tuple[tuple[int, int], str | None]
+DISKS: list[SmallDisk] = list(itertools.product(GEOMETRIES, TARGETS))
+SOME_COLD = [share for share in COLD_SHARES.values() if share]
 
 
 def _sequences(first: str, length_max: int) -> Iterator[tuple[str, ...]]:
@@ -27,27 +32,36 @@ def _sequences(first: str, length_max: int) -> Iterator[tuple[str, ...]]:
 
 
 async def sweep_sequence(
-    judge: Judge, names: tuple[str, ...], geometry: tuple[int, int], base_name: str | None
+    judge: Judge, names: tuple[str, ...], disk: SmallDisk, cold_share: float = 0, seed: int = 0
 ) -> None:
     """Judge every crash during the last operation of a sequence, unless it cannot be."""
-    start = 0
-    async with Scene(*geometry, base_name=base_name).running() as scene:
-        for name in names:
-            if not is_possible(name, scene):
-                return
-            start = scene.position
-            await OPERATIONS[name](scene)
+    start, (geometry, base_name) = 0, disk
+    scene = Scene(*geometry, base_name=base_name, cold_share=cold_share, seed=seed)
     try:
+        async with scene.running():
+            for name in names:
+                if not is_possible(name, scene):
+                    return
+                start = scene.position
+                await OPERATIONS[name](scene)
         await judge.sweep(scene, start=start, subset_count=6)
     except AssertionError as error:
-        error.add_note(f"{' → '.join(names)}, {geometry}, stream to {base_name}")
+        where = f"{geometry}, stream to {base_name}, cold {cold_share}, seed {seed}"
+        error.add_note(f"{' → '.join(names)}, {where}")
         raise
 
 
 async def sweep_sequences(judge: Judge, first: str, length_max: int) -> None:
-    for geometry, base_name in itertools.product(GEOMETRIES, TARGETS):
+    for disk in DISKS:
         for names in _sequences(first, length_max):
-            await sweep_sequence(judge, names, geometry, base_name)
+            await sweep_sequence(judge, names, disk)
+
+
+async def sweep_cold_sequences(judge: Judge, first: str, length_max: int) -> None:
+    """Every sequence over files that are in the page cache at random or never: one way for each in turn."""
+    for seed, names in enumerate(_sequences(first, length_max)):
+        cold_share = SOME_COLD[seed // len(DISKS) % len(SOME_COLD)]
+        await sweep_sequence(judge, names, DISKS[seed % len(DISKS)], cold_share, seed)
 
 
 @pytest.mark.slow
@@ -56,6 +70,16 @@ async def test_crash_in_every_pair_of_operations(first: str) -> None:
     judge = Judge()
     await sweep_sequences(judge, first, 2)
     assert judge.state_count > 100 or first == "cancel"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("first", OPERATIONS)
+async def test_crash_in_every_three_operations_over_cold_files(first: str, tmp_path: Path) -> None:
+    judge = Judge(qemu_every=100, folder=tmp_path)
+    await sweep_cold_sequences(judge, first, 3)
+    print(f"{first}: {judge}")
+    assert judge.state_count > 500 or first == "cancel"
 
 
 @pytest.mark.slow

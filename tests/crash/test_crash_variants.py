@@ -7,10 +7,12 @@ import pytest
 
 from tests.crash.judge import Judge
 from tests.crash.lives import draw, judge_life
+from tests.crash.scene import COLD_SHARES
 from tests.crash.variants import SNAPSHOT_OPTIONS, VARIANT_WORKLOADS, VARIANTS, sweep_snapshot
 from tests.crash.workloads import Workload
 
 
+@pytest.mark.parametrize("cold_share", COLD_SHARES.values(), ids=list(COLD_SHARES))
 @pytest.mark.parametrize(
     "workload",
     [
@@ -19,8 +21,8 @@ from tests.crash.workloads import Workload
     ],
     ids=str,
 )
-async def test_every_crash_leaves_what_it_may(workload: Workload, tmp_path: Path) -> None:
-    async with workload.scene().running() as scene:
+async def test_every_crash_leaves_what_it_may(workload: Workload, cold_share: float, tmp_path: Path) -> None:
+    async with workload.scene(cold_share).running() as scene:
         await workload.run(scene)
         await scene.guest.read_all()
     judge = Judge(rerun_every=8, qemu_every=50, folder=tmp_path)

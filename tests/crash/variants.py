@@ -143,9 +143,18 @@ async def _use(guest: Guest) -> None:
 
 
 async def _snapshot_content(disk: bytes) -> bytes:
-    """What the first snapshot in an image holds: the disk with its L1 table."""
+    """What the first snapshot in an image holds."""
+    return await read_all(await open_overlay(RecordingFile(past_disk(disk)), None, read_only=True))
+
+
+def past_disk(disk: bytes) -> bytes:
+    """An image as it was at its first snapshot: with the L1 table and the size of that."""
     header = headers.parse(disk, "i")
-    l1_offset, l1_entry_count = struct.unpack_from(">QI", disk, header.snapshots_offset)
+    table = header.snapshots_offset
+    l1_offset, l1_entry_count = struct.unpack_from(">QI", disk, table)
     past = bytearray(disk)
     struct.pack_into(">IQ", past, headers.L1_FIELDS, l1_entry_count, l1_offset)
-    return await read_all(await open_overlay(RecordingFile(bytes(past)), None, read_only=True))
+    (extra_length,) = struct.unpack_from(">I", disk, table + 36)
+    if extra_length >= 16:  # else it is as large as the disk
+        past[headers.SIZE_FIELD : headers.SIZE_FIELD + 8] = disk[table + 48 : table + 56]
+    return bytes(past)

@@ -97,7 +97,7 @@ async def cancel_then_stream(scene: Scene) -> None:
     await scene.complete()
 
 
-async def keep_parts(scene: Scene) -> None:
+async def stage_parts(scene: Scene) -> None:
     """Parts of clusters are written while the source does not answer; flushes and a cancel wait for it."""
     source = scene.nodes[MIDDLE]
     assert isinstance(source, HeldNode)
@@ -132,6 +132,27 @@ async def grow(scene: Scene) -> None:
     await scene.resize(scene.cluster_count + 70)
     await scene.write(scene.cluster_count + 65, 2)
     await scene.flush()
+    await scene.complete()
+
+
+async def shrink(scene: Scene) -> None:
+    """What is behind the new end goes, and does not come back."""
+    await scene.write(3.5, 0.25)
+    await scene.write(scene.cluster_count - 3, 3)
+    await scene.flush()
+    await scene.write(1, 1)
+    await scene.write(scene.cluster_count - 1.5, 0.5)
+    await scene.resize(scene.cluster_count - 2)
+    await scene.write(0, 1)
+    await scene.flush()
+    await scene.grow(4)
+    await scene.write(scene.cluster_count - 0.5, 0.25)
+    await scene.flush()
+
+
+async def shrink_and_stream(scene: Scene) -> None:
+    await scene.write(scene.cluster_count - 3, 2)
+    await scene.resize(scene.cluster_count - 2)
     await scene.complete()
 
 
@@ -241,6 +262,8 @@ class Workload:
     # What else the active images are made with.
     options: tuple[tuple[str, object], ...] = ()
     variant: str = ""
+    # Other formats cannot do it.
+    is_for_qcow2: bool = False
 
     def __str__(self) -> str:
         kind = self.variant or (self.image_format if self.image_format != "qcow2" else "")
@@ -251,7 +274,12 @@ class Workload:
         """Whether the file is, so that every look at it takes long."""
         return self.prepare is not bytes
 
-    def scene(self) -> Scene:
+    @property
+    def is_for_all(self) -> bool:
+        """Whether it is one for every format, whose tables are large."""
+        return not (self.is_for_qcow2 or self.is_large) and self.cluster_count < 100
+
+    def scene(self, cold_share: float = 0) -> Scene:
         return Scene(
             self.cluster_size,
             self.cluster_count,
@@ -261,6 +289,7 @@ class Workload:
             prepare=self.prepare,
             file_type=self.file_type,
             wrap_source=self.wrap_source,
+            cold_share=cold_share,
         )
 
 
@@ -275,9 +304,11 @@ WORKLOADS = [
     Workload(write_then_stream),
     Workload(stream_twice),
     Workload(cancel_then_stream),
-    Workload(keep_parts, wrap_source=HeldNode),
+    Workload(stage_parts, wrap_source=HeldNode),
     Workload(copy_on_read),
     Workload(grow),
+    Workload(shrink, is_for_qcow2=True),
+    Workload(shrink_and_stream, is_for_qcow2=True),
     Workload(grow_over_the_backing, hidden_count=4),
     Workload(rename_the_backing, cluster_size=2048),
     Workload(detach),

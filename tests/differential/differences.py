@@ -27,26 +27,33 @@ def _match(parts: Sequence[str], lines: Sequence[str]) -> bool:
 IMAGES = "Errors about images name the image"
 FILENAMES = "File names are file names"
 WRITABLE = "What cannot work is refused at once"
+PROMISE = "Read-only is a promise"
+BACKINGS = "A backing file is not written"
+NODES_ON_FILES = "What a node can stand on"
+UNUSED_OVERLAYS = "An overlay is nobody's yet"
+THROTTLED = "Streams begin below throttles"
+REASONS = "Which of several reasons is told"
+WHOLE_RAW = "Raw images that are whole stay so"
 SIZES = "Sizes of images"
 LONG_TEXTS = "Long texts are not sent back in errors"
-QUIT = "Exports are not deleted by quit"
 REFUSED = "A refused stream was never a job"
+WHOLE = "A stream of the whole chain leaves no backing"
 CONCLUDED = "A concluded job blocks nothing"
 DRAIN = "Draining is no pause"
 NULL_NAME = "A busy node is called by its name"
 ENVELOPES = "The first of several mistakes"
 ELEMENTS = "Elements of lists have names"
 LONG_VALUES = "What is very long is not taken"
+OTHER_FILES = "An image in another file is what that holds"
 LIMITS = "One message beyond a limit is one error"
 
 RESUMED = "Replies do not wait for what follows"
 
 _NOT_QCOW2 = "Image is not in qcow2 format"
+_LOCK = 'Failed to get \\"write\\" lock'
 _PAUSED, _RUNNING = '"status": "paused"', '"status": "running"'
 
-# What is told of an error that ended a job.
-_READ = "Could not read 'FOLDER/data.raw': "
-_EIO, _ENOSPC = "Input/output error", "No space left on device"
+_COMPOSED = Difference(FILENAMES, ['"file": "json:{'], ['"file": "FOLDER/top.qcow2"'])
 
 # By scenario, in the order in which they come.
 DIFFERENCES: Mapping[str, Sequence[Difference]] = {
@@ -58,7 +65,7 @@ DIFFERENCES: Mapping[str, Sequence[Difference]] = {
         )
     ],
     "chains of nodes": [
-        Difference(FILENAMES, ['"file": "json:{'], ['"file": "FOLDER/top.qcow2"']),
+        _COMPOSED,
         Difference(
             IMAGES,
             [
@@ -71,26 +78,61 @@ DIFFERENCES: Mapping[str, Sequence[Difference]] = {
             ],
         ),
     ],
+    "backing files with names that tell more": [
+        Difference(
+            FILENAMES,
+            ["Could not open backing file: Failed to connect"],
+            ["Its 'json:' name is not understood"],
+        )
+    ],
     "a writable image on a file that is not": [
         Difference(WRITABLE, ['"return": {}'], ["Block node is read-only"])
     ],
-    "a file under two images": [Difference(WRITABLE, ['"return": {}'], ["Permission conflict on node 'f'"])],
+    "two nodes of one file": [
+        Difference(
+            IMAGES,
+            [_LOCK, 'Failed to get shared \\"write\\" lock', 'Failed to get shared \\"resize\\" lock', _LOCK],
+            [f"Could not open 'FOLDER/alone.qcow2': {_LOCK}: the file is in use by node '#block…'"] * 4,
+        )
+    ],
+    "a raw file that somebody else writes": [
+        Difference(BACKINGS, ours=[f"Could not open 'FOLDER/data.raw': {_LOCK}: the file is in use by node"]),
+        Difference(
+            BACKINGS,
+            ["Block export id 'e' is already in use", '"return": {}', '"return": {}'],
+            [
+                f"Could not open 'FOLDER/data.raw': {_LOCK}: the file is in use by node",
+                "Could not open backing file of 'FOLDER/upper.qcow2': Could not open 'FOLDER/data.raw': Fail",
+            ],
+        ),
+    ],
+    "a disk of guests as a backing": [
+        Difference(BACKINGS, ['"return": {}'], ["Permission conflict on node 'q': permissions 'write' are"])
+    ],
     "block_resize": [
-        Difference(SIZES, ['"return": {}'], ["Shrinking a qcow2 image is not supported"]),
         Difference(
             SIZES,
             ["Failed to grow the L1 table: File too large"],
             ["A qcow2 image with 65536 byte clusters cannot be so large"],
         ),
     ],
-    "quit with an export": [Difference(QUIT, ["BLOCK_EXPORT_DELETED"])],
     "exports come and go": [
         Difference(LONG_TEXTS, ["zzzz' too long"], ["zzzz…' too long: at most 4096 bytes"])
     ],
-    "streams that are refused": [Difference(REFUSED, ['"status": "created"', '"status": "null"'])],
-    "a stream down to a base under another name": [
-        Difference(FILENAMES, ['"file": "json:{'], ['"file": "FOLDER/top.qcow2"'])
+    "streams that are refused": [
+        Difference(REFUSED, ['"status": "created"', '"status": "null"']),
+        Difference(
+            PROMISE,
+            [
+                *(f'"status": "{status}"' for status in ("created", "running", "waiting", "pending")),
+                "BLOCK_JOB_COMPLETED",
+                *(f'"status": "{status}"' for status in ("concluded", "null")),
+                '"return": {}',
+            ],
+            ["Block node is read-only"],
+        ),
     ],
+    "a stream down to a base under another name": [_COMPOSED],
     "verbs while it runs": [
         Difference(
             NULL_NAME, ["Device '(null)' is in use"], ["Node 'top' is busy: block device is in use by"]
@@ -99,22 +141,37 @@ DIFFERENCES: Mapping[str, Sequence[Difference]] = {
     "finalizing and dismissing by hand": [
         Difference(CONCLUDED, ["Node 'top' is busy"], ["Job ID 'j' already in use"])
     ],
-    **{
-        f"error {errno} with {policy}": [Difference(IMAGES, [f'"error": "{text}"'], [_READ + text])]
-        for errno, text, policies in [
-            (5, _EIO, ["report", "ignore", "enospc", "auto"]),
-            (28, _ENOSPC, ["report", "ignore"]),
-        ]
-        for policy in policies
-    },
     "an error that stays, then cancelling": [
         Difference(RESUMED, ours=['"return": {}']),
         Difference(RESUMED, theirs=['"return": {}']),
     ],
-    "a failed job that is kept": [
-        Difference(IMAGES, [f'"error": "{_EIO}"'], [_READ + _EIO]),
-        Difference(IMAGES, [f'"error": "{_EIO}"'] * 2, [_READ + _EIO] * 2),
+    "the links that a job relies on": [
+        Difference(DRAIN, [_PAUSED, _RUNNING]),
+        Difference(DRAIN, [_PAUSED, _RUNNING]),
     ],
+    "no backing file to record": [_COMPOSED],
+    "a stream that ends at another base": [_COMPOSED],
+    "a stream that ends at no base": [_COMPOSED],
+    "an image below a stream of the whole chain": [
+        Difference(WHOLE, ['"return": {}'], ["Node 'mid' is busy: block device is in use by block job"])
+    ],
+    "the filter of a job": [Difference(DRAIN, [_PAUSED, _RUNNING, _PAUSED, _RUNNING])],
+    "raw images that get another file": [Difference(WRITABLE, ['"return": {}'], ["Block node is read-only"])],
+    "images that get another file": [
+        Difference(
+            OTHER_FILES,
+            ['"return": {}', '"return": {}', '"return": {}'],
+            [
+                "'FOLDER/disk.raw' is not a qcow2 image",
+                "backing is missing for 'q'",
+                "Permission conflict on node 'q': permissions 'resize' are both required",
+            ],
+        )
+    ],
+    "parts of files that are told again": [
+        Difference(WHOLE_RAW, ['"return": {}'], ["Cannot change the option 'offset'"])
+    ],
+    "disks of nothing": [Difference(FILENAMES, ["json:{"], ['"filename": "null-aio://"'])],
     "quit with a running job": [Difference(DRAIN, [_PAUSED, _RUNNING])],
 }
 

@@ -1,5 +1,6 @@
 """The images that scenarios work on; made once, copied for each."""
 
+import json
 from pathlib import Path
 
 from tests import qemu_img
@@ -25,7 +26,19 @@ def make_images(folder: Path) -> None:
             *("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", recorded, "-b", folder / backing),
             *(folder / f"{name}.qcow2", str(SIZE)),
         )
-    qemu_img.create(folder / "alone.qcow2", SIZE)
+    # Names that say more than where a file is.
+    options: dict[str, dict[str, object]] = {
+        "nested": {"driver": "qcow2", "file": {"driver": "file", "filename": str(folder / "base.qcow2")}},
+        "dotted": {"driver": "raw", "file.driver": "file", "file.filename": str(folder / "data.raw")},
+        "elsewhere": {"driver": "raw", "file": {"driver": "nbd", "path": str(folder / "none")}},
+    }
+    for name, given in options.items():
+        qemu_img.qemu(
+            *("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", str(given["driver"])),
+            *("-b", f"json:{json.dumps(given)}", folder / f"{name}.qcow2", str(SIZE)),
+        )
+    for name in ("alone", "free"):
+        qemu_img.create(folder / f"{name}.qcow2", SIZE)
     (folder / "disk.raw").write_bytes(bytes(SIZE))
     (folder / "data.raw").write_bytes(b"data" * (SIZE // 4))
     qemu_img.create(folder / "upper.qcow2", SIZE, backing=folder / "data.raw", backing_format="raw")

@@ -301,6 +301,84 @@ PARALLEL = Scenario(
 )
 
 
+# Each way to say down to where, beside a stream below, whose filter may be the backing.
+ENDS: dict[str, dict[str, object]] = {
+    "the whole chain": {},
+    "a file": {"base": f"{FOLDER}/mid.qcow2"},
+    "a node": {"base_node": "mid"},
+    "a bottom": {"bottom": "top"},
+    "the lower file": {"base": f"{FOLDER}/base.qcow2"},
+    "the lower node": {"base_node": "base"},
+    "the lower bottom": {"bottom": "mid"},
+    "the filter": {"base_node": "filter"},
+    "the filter as bottom": {"bottom": "filter"},
+}
+
+
+def pending_stream(job_id: str, device: str, **more: object) -> list[Step]:
+    """A stream that has done its work and keeps its part of the chain."""
+    return [stream(job_id, device, auto_finalize=False, **more), wait("BLOCK_JOB_PENDING", id=job_id)]
+
+
+BESIDE: list[Scenario] = [
+    *(
+        Scenario(
+            f"down to {name}, beside a stream below",
+            [
+                *chain_nodes(),
+                image_node("deep", "deep.qcow2", backing="top"),
+                *pending_stream("lower", "mid", filter_node_name="filter"),
+                *pending_stream("j", "deep", **end),
+                job("finalize"),
+                status("null"),
+                job("finalize", "lower"),
+                status("null", "lower"),
+                FLAT,
+            ],
+        )
+        for name, end in ENDS.items()
+        if name in ("a bottom", "the filter")
+    ),
+    Scenario(
+        "what a stream below keeps",
+        [
+            *chain_nodes(),
+            image_node("deep", "deep.qcow2", backing="top"),
+            *pending_stream("lower", "mid", filter_node_name="filter"),
+            *(
+                stream("j", "deep", **end)
+                for name, end in ENDS.items()
+                if name not in ("a bottom", "the filter")
+            ),
+            stream("j", "mid"),
+            stream("j", "filter"),
+            stream("j", "base"),
+            stream("j", "deep", filter_node_name="filter", base_node="mid"),
+            stream("j", "deep", filter_node_name="deep", base_node="mid"),
+            stream("j", "deep", backing_file="x", bottom="top"),
+            stream("j", "deep", backing_file="x"),
+        ],
+    ),
+    *(
+        Scenario(
+            f"{name}, beside a stream above",
+            [
+                *chain_nodes(),
+                image_node("deep", "deep.qcow2", backing="top"),
+                *pending_stream("upper", "deep", base_node="mid"),
+                *pending_stream("j", "mid", **end),
+                job("finalize"),
+                status("null"),
+                job("finalize", "upper"),
+                status("null", "upper"),
+                FLAT,
+            ],
+        )
+        for name, end in {"the whole chain": {}, "down to a bottom": {"bottom": "base"}}.items()
+    ),
+]
+
+
 def failing_stream(errno: int, policy: str, *, once: bool = True) -> list[Step]:
     """A stream from a base of which one sector cannot be read, once or ever."""
     rule = {"event": "none", "iotype": "read", "errno": errno, "sector": 2048, "once": once}
@@ -316,7 +394,9 @@ def failing_stream(errno: int, policy: str, *, once: bool = True) -> list[Step]:
 EIO, ENOSPC = 5, 28
 ERRORS: list[Scenario] = [
     *(
-        Scenario(f"error {errno} with {policy}", [*failing_stream(errno, policy), status("null"), *BOTH])
+        Scenario(
+            f"error {errno} with {policy}", [*failing_stream(errno, policy), status("null"), *BOTH], True
+        )
         for errno, policy in [
             (EIO, "report"),
             (EIO, "ignore"),
@@ -338,6 +418,7 @@ ERRORS: list[Scenario] = [
                 status("null"),
                 *BOTH,
             ],
+            compares_progress=True,
         )
         for errno, policy in [(EIO, "stop"), (ENOSPC, "stop"), (ENOSPC, "enospc")]
     ),
@@ -354,6 +435,7 @@ ERRORS: list[Scenario] = [
             status("null"),
             *BOTH,
         ],
+        compares_progress=True,
     ),
     Scenario(
         "a failed job that is kept",
@@ -365,6 +447,7 @@ ERRORS: list[Scenario] = [
             job("dismiss"),
             *BOTH,
         ],
+        compares_progress=True,
     ),
 ]
 
@@ -372,5 +455,5 @@ QUIT = Scenario("quit with a running job", [*chain_nodes(), *slow_stream("j", "t
 
 SCENARIOS = [
     *(ARGUMENTS, REFUSALS, SUCCESS, NOTHING_TO_DO, *BASES, LARGER, *CANCEL, PAUSE, *CANCEL_PAUSED),
-    *(RUNNING, BY_HAND, CANCEL_PENDING, CANCEL_KEPT, INTERMEDIATE, PARALLEL, *ERRORS, QUIT),
+    *(RUNNING, BY_HAND, CANCEL_PENDING, CANCEL_KEPT, INTERMEDIATE, PARALLEL, *BESIDE, *ERRORS, QUIT),
 ]

@@ -22,9 +22,18 @@ def chain_nodes() -> list[Step]:
     """The chain top → mid → base, each node named like its file."""
     return [
         image_node("base", "base.qcow2", read_only=True),
-        image_node("mid", "mid.qcow2", backing="base", read_only=True),
+        image_node("mid", "mid.qcow2", backing="base"),
         image_node("top", "top.qcow2", backing="mid"),
     ]
+
+
+def reopened(name: str, filename: str, **more: object) -> Send:
+    """The same node with other options."""
+    file = {"driver": "file", "filename": f"{FOLDER}/{filename}"}
+    options = {"driver": "qcow2", "node-name": name, "file": file} | {
+        member.replace("_", "-"): value for member, value in more.items()
+    }
+    return call("blockdev-reopen", options=[options])
 
 
 LIST = call("query-named-block-nodes")
@@ -57,6 +66,9 @@ ARGUMENTS = Scenario(
         call("blockdev-add", driver="qcow2", node_name="x", file="y", backing=1),
         call("blockdev-add", driver="qcow2", node_name="x", file="y", lazy_refcounts="on"),
         call("blockdev-add", driver="qcow2", node_name="x", file="y", l2_cache_size="1M"),
+        call("blockdev-add", driver="qcow2", node_name="x", file="y", overlap_check="some"),
+        call("blockdev-add", driver="qcow2", node_name="x", file="y", overlap_check={"main-header": 1}),
+        call("blockdev-add", driver="qcow2", node_name="x", file="y", overlap_check={"bogus": True}),
         call("blockdev-del"),
         call("blockdev-del", node_name=1),
         call("query-named-block-nodes", flat=1),
@@ -147,6 +159,15 @@ CHAINS = Scenario(
     ],
 )
 
+JSON_NAMES = Scenario(
+    "backing files with names that tell more",
+    [
+        *(image_node("n", "nested.qcow2"), LIST, FLAT, call("blockdev-del", node_name="n")),
+        *(image_node("n", "dotted.qcow2"), LIST, FLAT, call("blockdev-del", node_name="n")),
+        image_node("m", "elsewhere.qcow2"),
+    ],
+)
+
 RAW = Scenario(
     "raw images",
     [
@@ -165,6 +186,34 @@ NOT_WRITABLE = Scenario(
     [
         file_node("ro", "disk.raw", read_only=True),
         call("blockdev-add", driver="raw", node_name="w", file="ro"),
+    ],
+)
+
+SETTINGS = Scenario(
+    "what every node can be told of its requests",
+    [
+        image_node("a", "alone.qcow2", detect_zeroes="unmap"),
+        image_node("a", "alone.qcow2", detect_zeroes="unmap", discard="ignore"),
+        image_node("a", "alone.qcow2", detect_zeroes="unmap", discard="unmap"),
+        LIST,
+        call("blockdev-del", node_name="a"),
+        image_node("a", "top.qcow2", cache={"direct": True}, detect_zeroes="on"),
+        LIST,
+        call("blockdev-del", node_name="a"),
+        image_node("a", "alone.qcow2", detect_zeroes="on"),
+        reopened("a", "alone.qcow2", detect_zeroes="unmap"),
+        reopened("a", "alone.qcow2", detect_zeroes="unmap", discard="unmap", cache={"no-flush": True}),
+        FLAT,
+        reopened("a", "alone.qcow2"),
+        FLAT,
+        call("blockdev-del", node_name="a"),
+        image_node("a", "alone.qcow2", cache={"no-flush": True}),
+        LIST,
+        file_node("f", "disk.raw", aio="native"),
+        file_node("f", "disk.raw", aio="native", cache={"direct": True, "no-flush": True}),
+        raw_node("r", "odd.raw", detect_zeroes="unmap"),
+        call("blockdev-add", driver="raw", node_name="r", file="f", cache={"direct": False}),
+        FLAT,
     ],
 )
 
@@ -219,4 +268,17 @@ LISTS = Scenario(
     ],
 )
 
-SCENARIOS = [ARGUMENTS, NAMES, OPENING, LIFE, CHAINS, RAW, NOT_WRITABLE, SHARED, RESIZING, LISTS]
+SCENARIOS = [
+    ARGUMENTS,
+    NAMES,
+    OPENING,
+    LIFE,
+    CHAINS,
+    JSON_NAMES,
+    RAW,
+    NOT_WRITABLE,
+    SETTINGS,
+    SHARED,
+    RESIZING,
+    LISTS,
+]

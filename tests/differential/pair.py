@@ -71,6 +71,8 @@ class Scenario:
 
     name: str
     steps: Sequence[Step]
+    # Whether it is compared how far jobs are that are not at their end.
+    compares_progress: bool = False
 
     @property
     def exchange_count(self) -> int:
@@ -84,6 +86,7 @@ class Talk:
     reader: asyncio.StreamReader
     writer: asyncio.StreamWriter
     folder: Path
+    compares_progress: bool
     lines: list[str] = field(default_factory=list)
     unseen: list[Json] = field(default_factory=list)
     last: Json = None
@@ -141,13 +144,19 @@ class Talk:
             return None
         self.last = message = json.loads(line)
         # Members have no order; QEMU's is that of a hash.
-        self.lines.append(json.dumps(masked(message, self.folder), sort_keys=True, ensure_ascii=False))
+        self.lines.append(json.dumps(self._masked(message), sort_keys=True, ensure_ascii=False))
         if "event" in message:
             self.unseen.append(message)
         return message
 
+    def _masked(self, message: Json) -> Json:
+        shown = masked(message, self.folder)
+        return shown if self.compares_progress else without_progress(shown)
+
 
 _MASKED_MEMBERS = {"timestamp", "micro", "package", "actual-size"}
+# What blockd says besides, and QEMU does not.
+_MORE_MEMBERS = {"x-detail"}
 # How far a job is, and where it ends.
 _PROGRESS = {"offset": "len", "current-progress": "total-progress"}
 
@@ -156,16 +165,26 @@ def masked(value: Json, folder: Path) -> Json:
     """Take out what differs from run to run."""
     match value:
         case dict():
-            members = {name: masked(member, folder) for name, member in value.items()}
-            members |= dict.fromkeys(value.keys() & _MASKED_MEMBERS, "…")
-            for name, end in _PROGRESS.items():
-                if value.get(name, 0) < value.get(end, 0):
-                    members[name] = "…"
-            return members
+            members = {name: masked(value[name], folder) for name in value.keys() - _MORE_MEMBERS}
+            return members | dict.fromkeys(value.keys() & _MASKED_MEMBERS, "…")
         case list():
             return [masked(element, folder) for element in value]
         case str():
             return re.sub(r"#block\d+", "#block…", value.replace(str(folder), FOLDER))
+    return value
+
+
+def without_progress(value: Json) -> Json:
+    """Take out how far jobs are that are not at their end: with real files it is never twice the same."""
+    match value:
+        case dict():
+            members = {name: without_progress(member) for name, member in value.items()}
+            for name, end in _PROGRESS.items():
+                if isinstance(value.get(end), int) and value[name] < value[end]:
+                    members[name] = "…"
+            return members
+        case list():
+            return [without_progress(element) for element in value]
     return value
 
 
@@ -176,7 +195,7 @@ async def blockd(folder: Path) -> AsyncIterator[Path]:
     words = ["--chardev", f"socket,id=c,path={path},server=on,wait=off", "--monitor", "c"]
     daemon, ready = Daemon(), asyncio.Event()
     async with asyncio.TaskGroup() as tasks:
-        tasks.create_task(daemon.run(parse_command_line(words).config, ready.set))
+        tasks.create_task(daemon.run(parse_command_line(words).config, lambda _: ready.set()))
         async with asyncio.timeout(TIMEOUT_S):
             await ready.wait()
         try:
@@ -186,12 +205,12 @@ async def blockd(folder: Path) -> AsyncIterator[Path]:
 
 
 async def transcript(
-    daemon: AbstractAsyncContextManager[Path], folder: Path, steps: Sequence[Step]
+    daemon: AbstractAsyncContextManager[Path], folder: Path, scenario: Scenario
 ) -> list[str]:
     """Run a scenario on one daemon."""
     async with daemon as path:
         reader, writer = await asyncio.open_unix_connection(path, limit=LINE_MAX)
-        lines = await Talk(reader, writer, folder).run(steps)
+        lines = await Talk(reader, writer, folder, scenario.compares_progress).run(scenario.steps)
         writer.close()
         await asyncio.gather(writer.wait_closed(), return_exceptions=True)
         return lines
@@ -201,8 +220,8 @@ async def transcripts(scenario: Scenario, folder: Path) -> tuple[list[str], list
     """Run a scenario on both, each with its own copy of the images in `folder`; theirs first."""
     theirs, ours = (copied(folder / IMAGES, folder / name) for name in ("theirs", "blockd"))
     return (
-        await transcript(qsd(theirs), theirs, scenario.steps),
-        await transcript(blockd(ours), ours, scenario.steps),
+        await transcript(qsd(theirs), theirs, scenario),
+        await transcript(blockd(ours), ours, scenario),
     )
 
 

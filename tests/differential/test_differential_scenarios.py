@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.differential import exports, jobs, nodes
+from tests.differential import drivers, endings, exports, jobs, nodes, permissions
 from tests.differential.differences import DIFFERENCES, unexplained
 from tests.differential.images import make_images
 from tests.differential.pair import IMAGES, Scenario, transcripts
 
-SCENARIOS = {scenario.name: scenario for part in (nodes, exports, jobs) for scenario in part.SCENARIOS}
+PARTS = (nodes, exports, jobs, permissions, endings, drivers)
+SCENARIOS = {scenario.name: scenario for part in PARTS for scenario in part.SCENARIOS}
 EXCHANGE_COUNT_MIN = 500
 
 

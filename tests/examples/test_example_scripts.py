@@ -8,6 +8,7 @@ import pytest
 
 from tests import qemu_img
 from tests.conftest import StartDaemon
+from tests.missing import require_programs
 from tests.programs import run
 from tests.walls import PROJECT
 
@@ -30,6 +31,7 @@ def _programs_on_path(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_socat_session_streams_to_the_end(start_daemon: StartDaemon, overlay: Path) -> None:
+    require_programs("socat")
     daemon = await start_daemon("--device", f"vda={overlay}")
     said = await run(EXAMPLES / "socat-session.sh", daemon.qmp_path, "vda")
     assert "BLOCK_STREAM_COMPLETED" in said

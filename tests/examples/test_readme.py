@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu_img
+from tests.missing import require_programs
 from tests.programs import run
 from tests.qmp_client import QmpClient
 from tests.walls import PROJECT
@@ -56,6 +57,7 @@ async def _answers(socket: Path) -> bool:
 
 
 async def test_every_command_of_the_tour_works(tmp_path: Path) -> None:
+    require_programs("nbdinfo", "qemu-img", "qemu-io", "socat")
     (_, make_images), (background, start), *visits, (after, look) = _blocks("tour")
     assert (background, after) == (": background", ": after the end")
     await run("bash", "-euo", "pipefail", "-c", make_images, cwd=tmp_path)
@@ -68,6 +70,7 @@ async def test_every_command_of_the_tour_works(tmp_path: Path) -> None:
             said.append(await run("bash", "-euo", "pipefail", "-c", visit, cwd=tmp_path))
     assert "read 1048576/1048576 bytes at offset 0" in said[0]
     assert '"return": [{"' in said[1] or '"return": []' in said[1]
+    assert '"event": "BLOCK_STREAM_COMPLETED"' in said[1]
     assert "stream completed" in said[2]
     assert "copy.qcow2 (qcow2)" in said[3]
     seen = await run("bash", "-euo", "pipefail", "-c", look, cwd=tmp_path)
@@ -78,6 +81,7 @@ async def test_every_command_of_the_tour_works(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("program", ["blockd", "qemu-storage-daemon"])
 async def test_only_the_name_of_the_program_changes(tmp_path: Path, program: str) -> None:
+    require_programs(program)
     qemu_img.create(tmp_path / "disk.qcow2", 1 << 20)
     [(_, command)] = _blocks("same command line")
     assert command.startswith("blockd ")

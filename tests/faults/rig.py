@@ -105,9 +105,6 @@ class Rig:
             await change(offset, length)
         except StorageError as error:
             self.errors.append(error)
-            if self.model.attempted:
-                self.model.fail_write(offset, self.model.attempted)
-        self.model.attempted = b""
 
     async def read(self, first: float, count: float) -> None:
         try:
@@ -116,19 +113,10 @@ class Rig:
             self.errors.append(error)
 
     async def flush(self) -> None:
-        self.hear_of_loss()
         try:
             await self.guest.flush()
         except StorageError as error:
             self.errors.append(error)
-
-    def hear_of_loss(self) -> None:
-        """What a stream had to give up when it failed, the next flush tells."""
-        try:
-            self.disk.root.report_loss()
-        except StorageError as error:
-            self.errors.append(error)
-            self.model.lose_unflushed()
 
     async def resize(self, cluster_count: int) -> None:
         """Grow, a second time if it fails once."""

@@ -144,13 +144,13 @@ async def test_nbd_guest_gets_eio_for_good(tmp_path: Path, start_daemon: StartDa
     active = qemu_img.create(tmp_path / "active.qcow2", MIB, backing=base, backing_format="raw")
     daemon = await start_daemon(
         *("--blockdev", f"file,node-name=f,filename={active}"),
-        *("--blockdev", json.dumps({"driver": "blkdebug", "node-name": "d", "image": "f", **nth(SYNCS, 4)})),
+        *("--blockdev", json.dumps({"driver": "blkdebug", "node-name": "d", "image": "f", **nth(SYNCS, 5)})),
         *("--blockdev", "qcow2,node-name=q,file=d"),
         *("--export", "nbd,id=e,node-name=q,name=vda,writable=on"),
     )
     client = await NbdClient.connect_unix(str(daemon.nbd_path), "vda")
     await client.write(0, bytes(512))
-    await client.flush()  # three syncs: data and refcounts, a new table, the map
+    await client.flush()  # four syncs: the header's mark, data and refcounts, a new table, the map
     await client.write(0, b"1" * 512)
     with pytest.raises(StorageError) as caught:
         await client.flush()
@@ -172,6 +172,6 @@ async def test_nbd_guest_gets_eio_for_good(tmp_path: Path, start_daemon: StartDa
         event = await qmp.event("BLOCK_JOB_COMPLETED")
         assert "error" in event
     await client.disconnect()
-    assert await daemon.stop() == 0
+    assert await daemon.stop() == 1
     qemu_img.assert_sound(active)
     assert qemu_img.content(active)[512:] == base.read_bytes()[512:]

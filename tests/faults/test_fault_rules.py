@@ -107,7 +107,7 @@ async def test_options_become_rules(disk: Path) -> None:
             {"event": "none", "iotype": "flush", "once": True},
         ],
     )
-    assert (node.driver, node.size) == ("faults", 1 << 20)
+    assert (node.driver, node.size) == ("blkdebug", 1 << 20)
     await node.write(0, bytes(512))
     with pytest.raises(StorageError, match=r"Could not write '.*disk.raw': No space left on device"):
         await node.write(0, bytes(1024))

@@ -20,6 +20,7 @@ from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.raw.image import RawImage
 from tests.chains import read_all
 from tests.guest import Guest, RootDisk
+from tests.hostile_names import put_name, stand_in
 from tests.model import ModelDisk, stamp
 from tests.recording import RecordingFile
 from tests.streaming import check, open_overlay, overlay
@@ -159,7 +160,8 @@ async def test_clusters_that_are_there_are_as_fast_as_the_plain_image() -> None:
     assert image.read_nowait(CLUSTER, 3) == b"BBB"
     assert image.read_nowait(CLUSTER - 3, 6) is None, "a range of both kinds has to be planned"
     assert await image.read(CLUSTER - 3, 6) == b"BBBBBB"
-    assert [extent.kind for extent in await image.map(0, 8 * CLUSTER)] == [Kind.DATA]
+    kinds = [extent.kind for extent in await image.map(0, 8 * CLUSTER)]
+    assert kinds == [Kind.DATA, Kind.UNALLOCATED]
     await image.change_backing(None, None)
     image.backing = None
     assert image.is_complete
@@ -202,18 +204,18 @@ async def test_growing_shows_zeroes_whatever_the_backing_has_there() -> None:
     assert image.size == 8 * CLUSTER
 
 
-async def test_bitmap_needs_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_bitmap_needs_little_memory() -> None:
     """Pages come and go; those with bits that the disk lacks stay until a checkpoint, which comes in time."""
-    monkeypatch.setattr(bitmap, "PAGE_COUNT_MAX", 4)
     span = bitmap.PAGE_BIT_COUNT * CLUSTER
     file = RecordingFile(name="disk.add-cow")
     file.beside = RecordingFile(name="disk.raw")
     image = await overlay(file, None, 0, cluster_size=CLUSTER, image_format="add-cow")
     assert isinstance(image, AddCowImage)
     bits = bitmap.Bitmap(file, image.header.size)
+    bits.cache.count_max = 4
     for page in range(20):
         await bits.set(page * bitmap.PAGE_BIT_COUNT + 5, page * bitmap.PAGE_BIT_COUNT + 9)
-        if bits.is_under_pressure:
+        if bits.cache.is_under_pressure:
             for write in (writes := bits.take_changes()):
                 file.write_blocking(write.host_offset, write.data)
             bits.changes_written(writes)
@@ -250,8 +252,9 @@ async def opened_graph(*folders: Path) -> AsyncIterator[NodeGraph]:
 
 def write_add_cow(path: Path, image: str, backing: str | None = None) -> Path:
     """An add-cow file with any names in it, over nothing that need be there."""
-    header = headers.new_header(12, image, backing, "raw" if backing else None)
+    header = headers.new_header(12, stand_in(image), backing, "raw" if backing else None)
     path.write_bytes(headers.pack(header) + bytes(4096))
+    put_name(path, image)
     return path
 
 

@@ -1,5 +1,6 @@
 """The process that copies beside guests: the same bytes, and whatever becomes of it, nothing is lost."""
 
+import array
 import asyncio
 import errno
 import logging
@@ -18,12 +19,14 @@ from pathlib import Path
 import pytest
 
 from blockd.aio import thread_calls
-from blockd.block.accounting import all_guests
-from blockd.block.node import Segment, Source
+from blockd.block.accounting import GUEST_TIME_S, all_guests
+from blockd.block.node import FillCounts, OverlayNode, Segment, Source
+from blockd.block.segments import SourcePlan
+from blockd.block.zero_clusters import packed_end
 from blockd.errors import RequestError, StorageError
 from blockd.filters.fault_rules import FaultRules
 from blockd.filters.faults import FaultsNode
-from blockd.protocols import cold, copier, copier_process
+from blockd.protocols import cold, copier, copier_process, native_aio
 from blockd.protocols.copier import Copier
 from blockd.protocols.file import FileNode
 from blockd.units import KIB, MIB
@@ -45,6 +48,7 @@ def own(monkeypatch: pytest.MonkeyPatch) -> Iterator[Copier]:
     """A copier for the test alone, while guests are at work."""
     one = Copier()
     monkeypatch.setattr(copier, "copier", one)
+    monkeypatch.setattr(copier, "START_TIMEOUT_S", 100.0)  # a busy machine is no failure
     monkeypatch.setattr(all_guests, "last_ns", sys.maxsize)
     yield one
     for pid in processes():
@@ -136,6 +140,20 @@ async def test_a_copy_is_put_together_from_files_and_zeroes(tmp_path: Path) -> N
         await other.close()
 
 
+@pytest.mark.parametrize("place_length", [CLUSTER, 4 * MIB, 6 * MIB + CLUSTER, LENGTH])
+async def test_a_copy_ends_where_there_is_no_more_place(tmp_path: Path, place_length: int) -> None:
+    content, zeroes = with_zeroes(CLUSTER, seed=place_length)
+    async with files(tmp_path, content) as (source, target):
+        plan = [Segment(LENGTH, source, 0)]
+        found = await target.copy_apart(plan, 0, LENGTH, CLUSTER, place_length)
+        assert found is not None
+        end = packed_end(LENGTH, found, CLUSTER, place_length)
+        assert found == [zero for zero in zeroes if zero < end]
+        kept = b"".join(content[at : at + CLUSTER] for at in range(0, end, CLUSTER) if at not in zeroes)
+        assert len(kept) == place_length or end == LENGTH
+        assert (tmp_path / "target").read_bytes()[: len(kept)] == kept
+
+
 async def test_many_copies_at_once(tmp_path: Path) -> None:
     """More than there are lanes: whoever finds none copies itself."""
     count = copier.LANE_COUNT + 2
@@ -150,13 +168,27 @@ async def test_many_copies_at_once(tmp_path: Path) -> None:
         assert bytes(await target.read(0, 8 * MIB)) == CONTENT[: 8 * MIB]
 
 
+async def fill_all(image: OverlayNode, plan: list[Segment]) -> FillCounts:
+    return await image.fill([(0, image.size)], SourcePlan(0, plan), lambda *_: True)
+
+
+async def test_version_2_which_knows_no_zeroes_is_filled_with_data(tmp_path: Path) -> None:
+    """What the process finds to be zeroes has no place, and a map of that version cannot say so."""
+    chain = await chains.make(tmp_path, ["AB" * 20 + "0" * 4 + "CD" * 20, "-" * 84], CLUSTER, "raw")
+    qemu_img.create(chain.active, 84 * CLUSTER, "compat=0.10", backing=chain.paths[0], backing_format="raw")
+    async with chains.opened(chain) as image:
+        assert (await fill_all(image, await image.plan_read(0, image.size))).zeroed == 0
+        assert await read_all(image, CLUSTER) == chain.content
+    chains.assert_same_in_qemu(chain, chain.content)
+
+
 async def test_image_is_filled_as_by_threads(tmp_path: Path) -> None:
     chain = await chains.make(
         tmp_path, ["ABCDEFGHIJKLMNOPQRST" * 3 + "0" + "ABCDEF0", "-" * 10 + "!" + "-" * 57], CLUSTER
     )
     async with chains.opened(chain) as image:
         assert image.copies_apart
-        counts = await image.fill(0, image.size, await image.plan_read(0, image.size), lambda *_: True)
+        counts = await fill_all(image, await image.plan_read(0, image.size))
         assert (counts.copied, counts.zeroed) == (65 * CLUSTER, 2 * CLUSTER)
         assert await read_all(image, CLUSTER) == chain.content
         await image.change_backing(None, None)
@@ -169,7 +201,7 @@ async def test_image_is_filled_as_by_threads(tmp_path: Path) -> None:
 
 
 async def test_no_process_while_guests_do_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(all_guests, "last_ns", time.monotonic_ns() - int(1e9 * copier.GUEST_TIME_S) - 1)
+    monkeypatch.setattr(all_guests, "last_ns", time.monotonic_ns() - int(1e9 * GUEST_TIME_S) - 1)
     async with files(tmp_path, CONTENT) as (source, target):
         assert not target.copies_apart
         assert await target.copy_apart([Segment(LENGTH, source, 0)], 0, LENGTH, CLUSTER) is None
@@ -209,10 +241,10 @@ async def test_failed_copies_are_made_again_and_say_what_is_wrong(tmp_path: Path
         plan = await image.plan_read(0, image.size)
         os.truncate(chain.paths[0], 20 * CLUSTER)
         with pytest.raises(StorageError, match="cut short"):
-            await image.fill(0, image.size, plan, lambda *_: True)
+            await fill_all(image, plan)
         assert len(processes()) == 1
         chain.paths[0].write_bytes(chain.content)
-        await image.fill(0, image.size, plan, lambda *_: True)
+        await fill_all(image, plan)
         assert await read_all(image, CLUSTER) == chain.content
 
 
@@ -247,18 +279,79 @@ async def test_a_request_that_cannot_be_sent(
         assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
 
 
-async def test_it_is_started_again_when_killed_but_not_for_ever(
-    tmp_path: Path, own: Copier, caplog: pytest.LogCaptureFixture
+async def test_it_is_started_again_when_killed_but_then_only_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(copier, "copier", Copier(lambda: now[0]))
     async with files(tmp_path, CONTENT) as (source, target):
         plan = [Segment(LENGTH, source, 0)]
         for _ in range(copier.FAILURE_COUNT_MAX):
             assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
             kill(*processes())
-        assert not target.copies_apart
-        assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) is None
-        assert processes() == []
-    assert caplog.text.count("status -9") == copier.FAILURE_COUNT_MAX
+        for number in range(2):
+            now[0] += copier.RECOVERY_TIME_S - 0.1
+            assert not target.copies_apart
+            assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) is None
+            assert processes() == []
+            now[0] += 0.1
+            assert await target.copy_apart(plan, 0, LENGTH, CLUSTER) == []
+            kill(*processes())
+            assert caplog.text.count("status -9") == copier.FAILURE_COUNT_MAX + number + 1
+
+
+class FullDisk(native_aio.Writes):
+    """Writes that all fail, when they are waited for."""
+
+    def __init__(self, count_max: int) -> None:
+        self._numbers = list(range(count_max))
+        self._given: list[int] = []
+
+    def submit(self, write: native_aio.Write) -> int | None:
+        self._given.append(self._numbers.pop())
+        return self._given[-1]
+
+    def wait(self) -> list[tuple[int, int]]:
+        number = self._given.pop(0)
+        self._numbers.append(number)
+        return [(number, -errno.ENOSPC)]
+
+
+def test_a_copy_fails_while_it_waits_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full: nothing is left to be read then, and the next copy is made as if nothing had been."""
+    (tmp_path / "source").write_bytes(CONTENT[: 16 * KIB])
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, monkeypatch.context() as patched:
+        patched.setattr(copier_process, "Writes", FullDisk)
+        pump = copier_process.Pump([memoryview(bytearray(4 * KIB)) for _ in range(2)])
+        for _ in range(2):
+            opened = [os.open(tmp_path / "source", os.O_RDONLY) for _ in range(3)]
+            request = array.array("q", [4 * KIB, 0, 0, 2, 0, 16 * KIB])
+            pump.pump(copier_process.Copy(theirs, request, opened))
+            while pump.is_writing:
+                pump.wait()
+            assert array.array("q", ours.recv(64)).tolist() == [copier_process.FAILED]
+
+
+def test_without_room_for_its_writes_it_ends_with_one_line() -> None:
+    """As when others have all that the machine allows (fs.aio-max-nr)."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    program = (
+        "import sys; from blockd.protocols import copier_process, native_aio; native_aio._CALLS = None; "
+        "copier_process.main(copier_process.EDITION, [int(sys.argv[1])])"
+    )
+    with ours, theirs:
+        result = subprocess.run(
+            [sys.executable, "-c", program, str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            capture_output=True,
+            text=True,
+            timeout=WAIT_S,
+            check=False,
+        )
+    assert result.returncode == 1
+    assert result.stderr.startswith("no room for writes of its own: ")
+    assert result.stderr.count("\n") == 1
 
 
 async def test_what_ends_the_daemon_in_an_orderly_way_leaves_it_its_copies(tmp_path: Path) -> None:
@@ -375,17 +468,18 @@ async def test_where_it_cannot_start_threads_copy(
 ) -> None:
     caplog.set_level(logging.WARNING)
     if what == "program":
-        monkeypatch.setattr(copier, "_PROGRAM", "raise SystemExit('not today')  # {}")
+        monkeypatch.setattr(copier, "_PROGRAM", "raise OSError(5, 'not today')  # {}")
     else:
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     chain = await chains.make(tmp_path, ["ABCDEFGHIJKLMNOPQRSTUVWXYZABCDE", "-" * 31], CLUSTER)
     async with chains.opened(chain) as image:
-        await image.fill(0, image.size, await image.plan_read(0, image.size), lambda *_: True)
+        await fill_all(image, await image.plan_read(0, image.size))
         assert await read_all(image, CLUSTER) == chain.content
         assert not image.copies_apart
     wait_until_noticed(0)
     assert "the process that copies beside guests ended" in caplog.text
-    assert ("not today" if what == "program" else "No such file") in caplog.text
+    assert ("status 1: OSError: [Errno 5] not today" if what == "program" else "No such file") in caplog.text
+    assert "Traceback" not in caplog.text
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import logging
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +15,7 @@ from blockd.errors import StorageError
 from blockd.protocols import cold
 from blockd.protocols import file as file_module
 from blockd.protocols.file import FileNode
+from blockd.protocols.file_status import FileStatus, status_of_open
 from blockd.units import KIB, MIB
 from tests import qemu_img
 
@@ -80,9 +81,16 @@ async def test_growing_does_not_cover_up_that_the_file_was_cut(path: Path) -> No
     await graph.close()
 
 
-@pytest.mark.parametrize(("module", "call"), [(file_module, "status_of_open"), (os, "fstat"), (os, "preadv")])
+@pytest.mark.parametrize(
+    ("module", "call", "use"),
+    [
+        (file_module, "status_of_open", "flush"),
+        (file_module, "status_of_open", "write"),
+        (os, "preadv", "read"),
+    ],
+)
 async def test_file_that_another_thread_makes_longer_was_not_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, call: str, use: str
 ) -> None:
     (tmp_path / "file").touch()
     file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
@@ -95,13 +103,96 @@ async def test_file_that_another_thread_makes_longer_was_not_cut(
         return seen
 
     monkeypatch.setattr(module, call, overtaken)
-    if call == "status_of_open":
+    if use == "flush":
         await file.flush()
-    elif call == "fstat":
+    elif use == "write":
         await file.write(MIB - 512, b"x" * 512)
     else:
         assert bytes(await file.read(0, 512)) == bytes(512)
     assert file.size == MIB
+    await file.close()
+
+
+@pytest.fixture(autouse=True)
+def nearly_full_is_enough() -> Iterator[None]:
+    """Room is reserved, however little space is free here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cold, "FREE_LENGTH_MIN", 0)
+        yield
+
+
+async def with_room(folder: Path) -> FileNode:
+    """A file that has become longer and longer, so that room is reserved behind its end."""
+    (folder / "file").touch()
+    file = await FileNode.open(str(folder / "file"), node_name="file", read_only=False)
+    file.is_longer_allowed = True
+    for offset in range(0, 2 * MIB, 256 * KIB):
+        if not file.write_nowait(offset, b"x" * 256 * KIB):
+            await file.write(offset, b"x" * 256 * KIB)
+    assert (folder / "file").stat().st_size > 2 * MIB == file.size
+    return file
+
+
+async def test_writes_into_the_room_do_not_cover_up_that_the_file_was_cut(tmp_path: Path) -> None:
+    """The event loop does not look at the file before it writes there."""
+    file = await with_room(tmp_path)
+    os.truncate(tmp_path / "file", MIB)
+    assert file.write_nowait(2 * MIB, b"y" * MIB)
+    with pytest.raises(StorageError, match=f"cut short to {3 * MIB} bytes"):
+        await file.flush()
+    with pytest.raises(StorageError, match=f"cut short to {3 * MIB} bytes"):
+        await file.write(128 * MIB, b"z")
+    await file.close()
+
+
+async def test_the_event_loop_writes_up_to_the_last_byte_of_the_room(tmp_path: Path) -> None:
+    """Who writes that one makes the file as long as it was, cut off or not."""
+    file = await with_room(tmp_path)
+    room_end = (tmp_path / "file").stat().st_size
+    assert not file.write_nowait(room_end - KIB, b"y" * KIB)
+    assert file.write_nowait(room_end - KIB, b"y" * (KIB - 1))
+    await file.close()
+
+
+async def test_room_that_is_given_back_was_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = await with_room(tmp_path)
+
+    def overtaken(fd: int) -> FileStatus:
+        monkeypatch.undo()
+        file._end.give_back(fd)
+        return status_of_open(fd)
+
+    monkeypatch.setattr(file_module, "status_of_open", overtaken)
+    await file.flush()
+    assert (tmp_path / "file").stat().st_size == 2 * MIB == file.size
+    await file.close()
+
+
+async def test_the_event_loop_never_looks_at_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = await with_room(tmp_path)
+
+    def look(*_: object) -> None:
+        raise AssertionError("it may take as long as its server likes")
+
+    monkeypatch.setattr(file_module, "status_of_open", look)
+    monkeypatch.setattr(os, "fstat", look)
+    assert file.write_nowait(2 * MIB, b"y" * MIB)
+    assert not file.write_nowait(1 << 40, b"y")
+    assert file.identity()
+    monkeypatch.undo()
+    await file.close()
+
+
+async def test_growing_without_room_does_not_cover_up_that_the_file_was_cut(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    file = await FileNode.open(str(tmp_path / "file"), node_name="file", read_only=False)
+    assert file.write_nowait(0, b"x" * MIB)
+    os.truncate(tmp_path / "file", KIB)
+    assert not file.write_nowait(MIB, b"x")
+    with pytest.raises(StorageError, match="cut short to 1024 bytes"):
+        await file.write(MIB, b"x")
     await file.close()
 
 

@@ -1,5 +1,6 @@
 """The status of files, asked for in a way that costs their next sync nothing."""
 
+import asyncio
 import ctypes
 import errno
 import os
@@ -11,7 +12,7 @@ import pytest
 
 from blockd.protocols import file_status
 from blockd.protocols.file import FileNode
-from blockd.protocols.file_status import FileStatus, status_of_name, status_of_open
+from blockd.protocols.file_status import DiskUsage, FileStatus, status_of_name, status_of_open
 
 STATX_TIMES = 0x20 | 0x40 | 0x80 | 0x800
 
@@ -79,3 +80,17 @@ async def test_a_sync_asks_for_no_times(tmp_path: Path, monkeypatch: pytest.Monk
         await node.write(0, b"x" * 512)
         await node.flush()
     await node.close()
+
+
+async def test_usage_asked_for_by_several_while_others_ask_again(tmp_path: Path) -> None:
+    """One who has waited for an answer gets it, though the next question is under way already."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    with path.open("rb") as file:
+        usage = DiskUsage()
+
+        async def ask() -> None:
+            for _ in range(50):
+                assert await usage.find(file.fileno()) is not None
+
+        await asyncio.gather(*(ask() for _ in range(8)))

@@ -9,6 +9,7 @@ import pytest
 
 from blockd.block import copy_memory as memory_module
 from blockd.block.node import BlockNode, FillCounts, IsWanted, OverlayNode, ProtocolNode
+from blockd.block.segments import SourcePlan
 from blockd.filters.fault_rules import FaultRules
 from blockd.filters.faults import FaultsNode
 from blockd.formats import copying
@@ -39,7 +40,7 @@ class Filled(NamedTuple):
 
     async def fill(self, is_wanted: IsWanted = lambda *_: True, *, keep_cached: bool = False) -> FillCounts:
         plan = await self.image.plan_read(0, SIZE)
-        return await self.image.fill(0, SIZE, plan, is_wanted, keep_cached=keep_cached)
+        return await self.image.fill([(0, SIZE)], SourcePlan(0, plan), is_wanted, keep_cached=keep_cached)
 
     async def own_content(self) -> bytes:
         self.image.backing = None

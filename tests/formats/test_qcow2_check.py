@@ -9,7 +9,7 @@ import pytest
 
 from blockd.errors import ImageError
 from blockd.formats.check_report import FINDING_COUNT_MAX, CheckReport
-from blockd.formats.qcow2.check import check
+from blockd.formats.qcow2.check import OFFSET_MASK, Census, Uses, check
 from blockd.protocols.file import FileNode
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
@@ -61,17 +61,23 @@ async def test_sound_images_have_the_same_figures(tmp_path: Path, options: tuple
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
 @pytest.mark.parametrize("cluster_size", [4 * KIB, 64 * KIB, 2 * MIB])
-async def test_compressed_images_have_the_same_figures(tmp_path: Path, kind: str, cluster_size: int) -> None:
+async def test_compressed_images_have_the_same_figures(
+    tmp_path: Path, kind: str, cluster_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no step is made for a cluster."""
     raw = tmp_path / "raw"
     raw.write_bytes(b"".join(struct.pack(">Q", i * i) for i in range(300_000)))
     path = tmp_path / "i.qcow2"
     options = f"compression_type={kind},cluster_size={cluster_size}"
     qemu("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
     qemu_img.write(path, "write -P 3 100k 50k")
+    looked_at: list[int] = []
+    monkeypatch.setattr(Census, "_count_compressed", lambda _, offset, *__: looked_at.append(offset))
 
     report = await our_check(path)
     assert as_verdict(report) == qemu_img.check(path)
     assert report.compressed_clusters > 0
+    assert not looked_at
 
 
 async def test_snapshots_and_bitmaps_are_counted(tmp_path: Path) -> None:
@@ -81,6 +87,17 @@ async def test_snapshots_and_bitmaps_are_counted(tmp_path: Path) -> None:
     qemu("qemu-img", "snapshot", "-c", "two", path)
     qemu("qemu-img", "bitmap", "--add", path, "tracks")
     qemu_img.write(path, "write -P 5 3M 1M")
+
+    report = await our_check(path)
+    assert as_verdict(report) == qemu_img.check(path)
+    assert report.findings == []
+
+
+@pytest.mark.parametrize("name", ["a", "abcd", "abcdefgh"])
+async def test_snapshot_table_at_the_end_of_the_file_has_no_padding(tmp_path: Path, name: str) -> None:
+    """QEMU does not write the padding of the last row."""
+    path = some_data(qemu_img.create(tmp_path / "i.qcow2", 5 * MIB))
+    qemu("qemu-img", "snapshot", "-c", name, path)
 
     report = await our_check(path)
     assert as_verdict(report) == qemu_img.check(path)
@@ -235,3 +252,31 @@ async def test_findings_are_bounded_but_all_counted(tmp_path: Path) -> None:
         image.put(image.refcount_table + 8 * index, 0)
     report = await our_check(path)
     assert len(report.findings) == FINDING_COUNT_MAX < report.corruptions
+
+
+async def test_plain_tables_are_counted_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No step for an entry that names a cluster with one user, wherever its neighbours are."""
+    counted: list[int] = []
+    count_run = Census._count_run
+
+    def counting(census: Census, entry_offset: int, entry: int, count: int, uses: Uses) -> bool:
+        counted.append(entry)
+        return count_run(census, entry_offset, entry, count, uses)
+
+    monkeypatch.setattr(Census, "_count_run", counting)
+    path = qemu_img.create(tmp_path / "disk.qcow2", 4 * MIB, "cluster_size=4k")
+    rng = random.Random(23)
+    clusters = rng.sample(range(1024), 600)
+    qemu_img.write(path, *(f"write {number * 4096} 4096" for number in clusters))
+    qemu_img.write(path, *(f"write -z -u {number * 4096} 4096" for number in clusters[:20]))
+    assert as_verdict(await our_check(path)) == qemu_img.check(path)
+    assert counted == []
+    image = Image(path)
+    table = image.get(image.get(40)) & OFFSET_MASK
+    image.change(
+        table + 8 * next(n for n in range(512) if image.get(table + 8 * n) & COPIED),
+        lambda entry: entry & ~COPIED,
+    )
+    report = await our_check(path)
+    assert report.corruptions == 1
+    assert len(counted) > 100, "a table with something odd is looked at entry by entry"

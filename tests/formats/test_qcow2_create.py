@@ -98,7 +98,7 @@ async def test_impossible_sizes_are_refused(tmp_path: Path, size: int, cluster_s
         ("b" * 1000, "raw", 512, "too long for clusters of 512 bytes"),
         ("base", None, 65536, "needs its format"),
         (None, "raw", 65536, "cannot be used without backing file"),
-        ("ba\0se", "raw", 65536, "NUL"),
+        ("ba\0se", "raw", 65536, "control characters"),
     ],
 )
 async def test_impossible_backing_links_are_refused(

@@ -10,6 +10,7 @@ import pytest
 import zstandard
 
 from blockd.block.node import BlockNode
+from blockd.block.root import Root
 from blockd.errors import ImageError, RequestError
 from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2.compressed import CompressedCluster
@@ -75,7 +76,7 @@ async def churn_image(path: Path, model: ModelDisk, seed: int, *, step_count: in
     for _ in range(2):
         async with opened(chain_of(path, bytes(model.content))) as image:
             assert await read_all(image) == model.content
-            await churn(image, model, rng, step_count=step_count, guest_count=3)
+            await churn(Root(image), model, rng, step_count=step_count, guest_count=3)
     assert_same_in_qemu(chain_of(path, b""), bytes(model.content))
 
 
@@ -105,7 +106,7 @@ async def stream_under_guests(image: Qcow2Image, base: BlockNode | None, model: 
         job = await disk.start(base)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(job.wait_ended())
-            tasks.create_task(churn(disk.root.node, model, random.Random(5), step_count=60, guest_count=2))
+            tasks.create_task(churn(disk.root, model, random.Random(5), step_count=60, guest_count=2))
         assert job.error is None
 
 
@@ -309,7 +310,7 @@ async def test_overlay_with_a_snapshot_is_written_and_grows(tmp_path: Path) -> N
         await image.resize(40 * MIB)
         model.begin_resize(40 * MIB)
         model.finish_resize()
-        await churn(image, model, random.Random(1), step_count=100, guest_count=3)
+        await churn(Root(image), model, random.Random(1), step_count=100, guest_count=3)
         # A snapshot reads its backing as the disk does, so a stream that ends without it would spoil both.
         with pytest.raises(RequestError, match="internal snapshots"):
             image.require_streamable()

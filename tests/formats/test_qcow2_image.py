@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from blockd.block.chain import chain_map
+from blockd.block.root import Root
 from blockd.errors import ErrorKind, RequestError
 from blockd.extents import Kind
 from blockd.units import KIB, MIB
@@ -88,7 +89,7 @@ async def test_random_guests_agree_with_the_model(
 
     for _ in range(3):
         async with chains.opened(chain) as image:
-            await churn(image, model, rng, step_count=step_count, guest_count=4)
+            await churn(Root(image), model, rng, step_count=step_count, guest_count=4)
     chains.assert_same_in_qemu(chain, bytes(model.content))
     verdict = qemu_img.check(chain.active)
     assert verdict is not None

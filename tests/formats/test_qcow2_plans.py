@@ -55,13 +55,14 @@ class SlowFile(RecordingFile):
 
 @pytest.fixture
 async def image() -> Qcow2Image:
-    """All clusters written and durable, and not in the page cache."""
+    """All clusters written and durable, and not in the page cache; their table is in memory."""
     made = RecordingFile()
     new = await overlay(made, None, COUNT * CLUSTER, cluster_size=CLUSTER)
     await new.write(0, stamp(1, 0, COUNT * CLUSTER))
     await new.flush()
     slow = await open_overlay(SlowFile(bytes(made.disk)), None)
     assert isinstance(slow, Qcow2Image)
+    await slow.map(0, CLUSTER)
     return slow
 
 

@@ -1,7 +1,13 @@
 """Buffers of reads are used again, and never while anybody holds them."""
 
-from blockd.protocols import read_buffers
-from blockd.protocols.read_buffers import LENGTH_MIN, ReadBuffers
+import pytest
+
+from blockd.block import read_buffers
+from blockd.block.node import Segment, Source
+from blockd.block.read_buffers import LENGTH_MIN, ReadBuffers
+from blockd.block.segments import read_segments
+from tests.formats.test_layer_maps import DrawnLayer
+from tests.recording import RecordingFile
 
 
 def test_a_buffer_that_nobody_holds_is_used_again() -> None:
@@ -54,3 +60,29 @@ def test_no_more_is_kept_than_allowed() -> None:
     assert [len(kept) for kept in buffers._kept] == [read_buffers.KEPT_SIZE_MAX]
     buffers.get(read_buffers.KEPT_SIZE_MAX + 1)
     assert [len(kept) for kept in buffers._kept] == [read_buffers.KEPT_SIZE_MAX]
+
+
+class Awaited(DrawnLayer):
+    """What no thread can read by itself."""
+
+    async def read(self, offset: int, length: int) -> bytes:  # type: ignore[override]
+        return b"D" * length
+
+
+SOURCES = {"thread": RecordingFile(b"D" * LENGTH_MIN), "awaited": Awaited("D", None)}
+
+
+@pytest.mark.parametrize("source", SOURCES.values(), ids=SOURCES)
+async def test_planned_reads_use_memory_again_and_fill_it(source: Source) -> None:
+    half = LENGTH_MIN // 2
+    plan = [Segment(half, source, 0), Segment(half, None, 0)]
+    before = read_buffers.read_buffers.get(LENGTH_MIN)
+    before[:] = b"X" * LENGTH_MIN
+    address = id(before)
+    del before
+
+    content = await read_segments(plan, LENGTH_MIN)
+    assert content == b"D" * half + bytes(half)
+    assert id(content) == address
+    # Never what somebody holds.
+    assert id(await read_segments(plan, LENGTH_MIN)) != address

@@ -38,6 +38,10 @@ async def add_chain(client: QmpClient, chain: Chain) -> None:
         await add(client, below if not number else {**below, "backing": f"n{number - 1}"})
 
 
+async def reopen(client: QmpClient, *nodes: Options) -> None:
+    await client.command("blockdev-reopen", options=list(nodes))
+
+
 async def export(client: QmpClient, node: str, *, writable: bool = True) -> None:
     options = {"type": "nbd", "id": f"export-{node}", "node-name": node, "name": node, "writable": writable}
     await client.command("block-export-add", options)

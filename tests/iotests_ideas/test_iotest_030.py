@@ -260,7 +260,7 @@ async def test_report(failing_chain: Chain, on_error: str, code: int) -> None:
             "operation": "read",
             "action": "report",
         }
-        assert completed["error"].endswith("Input/output error")
+        assert completed["error"] == "Input/output error"
         assert (completed["offset"], completed["len"]) == (FAILING_CLUSTER * CLUSTER, 8 * CLUSTER)
         assert daemon.services.graph["top"].backing is daemon.services.graph["base"]
         # It failed once only.
@@ -277,7 +277,7 @@ async def test_ignore(failing_chain: Chain) -> None:
         await add_failing(client, chain, errno.EIO)
         await stream(client, "j", "top", on_error="ignore")
         completed = await finished(client, "j")
-        assert completed["error"].endswith("Input/output error")
+        assert completed["error"] == "Input/output error"
         assert completed["offset"] == completed["len"]
         assert (await client.event("BLOCK_JOB_ERROR"))["action"] == "ignore"
         assert daemon.services.graph["top"].backing is daemon.services.graph["base"]

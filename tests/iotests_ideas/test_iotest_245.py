@@ -16,6 +16,7 @@ from tests.iotests_ideas.nodes import (
     finished,
     nodes_of,
     qcow2,
+    reopen,
     stream,
     throttle,
 )
@@ -29,10 +30,6 @@ CLUSTER = 65536
 @pytest.fixture
 async def chain(tmp_path: Path) -> Chain:
     return await make(tmp_path, LAYERS)
-
-
-async def reopen(client: QmpClient, *nodes: Options) -> None:
-    await client.command("blockdev-reopen", options=list(nodes))
 
 
 async def refused(client: QmpClient, *nodes: Options) -> str:
@@ -208,13 +205,15 @@ async def test_all_or_none(chain: Chain) -> None:
         assert (await nodes_of(client))["n0"]["ro"]
 
 
-async def test_files_are_not_swapped(chain: Chain) -> None:
-    """Mirrors test_replace_file and test_swap_files: what an image is stored in stays its own."""
+async def test_file_is_replaced_by_one_that_nobody_else_has(chain: Chain) -> None:
+    """Mirrors test_replace_file and test_swap_files."""
     async with running(chain.active.parent) as daemon:
         client = await daemon.qmp()
         await add(client, *(file(path, node_name=f"f{n}") for n, path in enumerate(chain.paths)))
         await add(client, qcow2("n0", "f0"))
-        assert await refused(client, qcow2("n0", "f1")) == "Cannot change the option 'file'"
+        assert await refused(client, qcow2("n0", "f1")) == "backing is missing for 'n0'"
+        await reopen(client, qcow2("n0", "f1", backing=None))
+        await reopen(client, qcow2("n0", "f0", backing=None))
         await add(client, qcow2("n1", "f1", backing=None))
         assert await refused(client, qcow2("n0", "f1")) == (
             "Permission conflict on node 'f1': permissions 'write, resize' are both required by node 'n1' "
@@ -291,7 +290,8 @@ async def test_during_a_stream(chain: Chain) -> None:
         top, middle = qcow2("n2", chain.paths[2]), qcow2("n1", chain.paths[1])
         for backing in (None, "n0"):
             assert await refused(client, {**top, "backing": backing}) == frozen.format("n2", "n1")
-        assert await refused(client, {**middle, "backing": None}) == frozen.format("n1", "n0")
+        await reopen(client, {**middle, "backing": None})
+        await reopen(client, {**middle, "backing": "n0"})
         await reopen(client, {**top, "backing": "n1"})
         await reopen(client, {**middle, "backing": "n0", "read-only": True})
         text = "Read-only block node 'n2' cannot support read-write users"

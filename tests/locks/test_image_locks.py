@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from blockd.block.node import BlockNode
+from blockd.block.permissions import CONSISTENT_READ, WRITE
 from blockd.drivers import NodeGraph
+from blockd.drivers.permissions import Claim
 from blockd.errors import RequestError
 from blockd.protocols import image_lock
 from blockd.protocols.file import FileNode
@@ -40,7 +42,7 @@ def format_of(path: Path) -> str:
 
 @asynccontextmanager
 async def opened(path: Path, *, read_only: bool, **told: object) -> AsyncIterator[BlockNode]:
-    """The image open in this process."""
+    """The image open in this process, and used as an export does."""
     graph = NodeGraph()
     file = {
         "driver": "file",
@@ -49,9 +51,18 @@ async def opened(path: Path, *, read_only: bool, **told: object) -> AsyncIterato
     }
     options = {"driver": format_of(path), "node-name": "image", "read-only": read_only, "file": file, **told}
     try:
-        yield await graph.open(options)
+        node = await graph.open(options)
+        await used(graph, node, read_only=read_only)
+        yield node
     finally:
         await graph.close()
+
+
+async def used(graph: NodeGraph, node: BlockNode, *, read_only: bool) -> Claim:
+    claim = Claim(node, CONSISTENT_READ if read_only else CONSISTENT_READ | WRITE)
+    await graph.nodes.locks.take(graph.permissions.require(claim))
+    graph.permissions.claim(claim)
+    return claim
 
 
 def run(*command: str | Path) -> tuple[int, str]:
@@ -74,7 +85,7 @@ async def test_who_ends_a_moment_later_is_waited_for(image: Path, monkeypatch: p
                 holder.close()
                 raise
 
-        monkeypatch.setattr("blockd.protocols.file.change_claim", refused_once)
+        monkeypatch.setattr("blockd.protocols.used_file.change_claim", refused_once)
         async with opened(image, read_only=False) as free:
             assert free.size == MIB
 
@@ -128,10 +139,13 @@ async def test_block_device_is_locked_like_a_file(
         }
         with hold(path, "raw", False):
             for read_only in (False, True):
+                graph = NodeGraph()
+                node = await graph.open(options | {"read-only": read_only})
                 with pytest.raises(RequestError, match=WRITE_LOCK):
-                    await NodeGraph().open(options | {"read-only": read_only})
+                    await used(graph, node, read_only=read_only)
+                await graph.close()
         graph = NodeGraph()
-        await graph.open(options)
+        await used(graph, await graph.open(options), read_only=False)
         with pytest.raises(AssertionError, match=WRITE_LOCK), hold(path, "raw", False):
             pass
         await graph.close()
@@ -195,11 +209,14 @@ async def test_force_share_of_a_chain_is_for_all_of_it(tmp_path: Path) -> None:
 
 async def test_what_another_node_of_the_daemon_uses_is_told_by_its_name(image: Path) -> None:
     graph = NodeGraph()
-    await graph.open({"driver": "file", "node-name": "first", "filename": str(image)})
-    with pytest.raises(
-        RequestError, match="Failed to get \"write\" lock: the file is in use by node 'first'"
-    ):
-        await graph.open({"driver": "file", "node-name": "second", "filename": str(image)})
+    file = {"driver": "file", "filename": str(image)}
+    first, second = [await graph.open({**file, "node-name": name}) for name in ("first", "second")]
+    await used(graph, first, read_only=False)
+    for read_only in (False, True):
+        with pytest.raises(
+            RequestError, match="Failed to get \"write\" lock: the file is in use by node 'first'"
+        ):
+            await used(graph, second, read_only=read_only)
     await graph.close()
 
 

@@ -113,6 +113,7 @@ async def serving(
     folder: Path,
     *,
     writable: bool = True,
+    writethrough: bool = False,
     max_connections: int = CONNECTION_COUNT_MAX,
     haggling_limit_s: float = HAGGLING_LIMIT_S,
 ) -> AsyncIterator[Serving]:
@@ -123,8 +124,9 @@ async def serving(
     async with asyncio.TaskGroup() as tasks:
         server = NbdServer(tasks, max_connections=max_connections, haggling_limit_s=haggling_limit_s)
         async with server:
-            server.listen_unix(path)
-            server.add_export(Export("disk", root, writable, "a test's disk", "disk-id"))
+            await server.listen_unix(path)
+            disk = Export("disk", root, writable, "a test's disk", "disk-id", writethrough=writethrough)
+            server.add_export(disk)
             yield Serving(server, root, path)
         assert server.connection_count == 0
         assert server._memory.is_idle

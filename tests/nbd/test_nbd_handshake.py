@@ -75,6 +75,15 @@ async def test_go_ends_the_haggling_with_what_was_agreed(handshake: Handshake) -
     assert handshake.terms.has_allocation
 
 
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("x", "x"), ("a" * 79, "a" * 79), ("a" * 80, "a" * 80 + "..."), ("a" * 81, "a" * 80 + "...")],
+)
+async def test_what_is_not_there_is_named_as_by_qemu(handshake: Handshake, name: str, shown: str) -> None:
+    [(reply, text)] = option(handshake, nbd.OPT_GO, haggling.pack_go(GoOption(name, [])))
+    assert (reply, text.decode()) == (nbd.REP_ERR_UNKNOWN, f"export '{shown}' not present")
+
+
 async def test_info_tells_the_same_and_goes_on(handshake: Handshake) -> None:
     replies = option(handshake, nbd.OPT_INFO, haggling.pack_go(GoOption("disk", [])))
     assert types(replies) == [nbd.REP_INFO, nbd.REP_ACK]

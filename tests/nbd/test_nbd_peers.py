@@ -8,13 +8,19 @@ import pytest
 from blockd.block.root import Root
 from blockd.exports.nbd.export import Export
 from blockd.units import KIB, MIB
+from tests.missing import require_programs
 from tests.nbd.memory_node import MemoryNode
 from tests.nbd.serving import Serving, serving
 from tests.programs import run
 
 SIZE = 4 * MIB
 # nbdsh is a module of the distribution's own Python, not of the one that runs the tests.
-NBDSH = ("env", "PATH=/usr/bin:/bin", "nbdsh", "-c")
+NBDSH_PATH = "/usr/bin:/bin"
+
+
+async def nbdsh(script: str, *, expect: int = 0) -> str:
+    require_programs("nbdsh", path=NBDSH_PATH)
+    return await run("env", f"PATH={NBDSH_PATH}", "nbdsh", "-c", script, expect=expect)
 
 
 def uri(at: Serving) -> str:
@@ -148,14 +154,14 @@ h.shutdown()
 @pytest.mark.parametrize("structured", [True, False])
 async def test_libnbd(node: MemoryNode, tmp_path: Path, structured: bool) -> None:
     async with serving(node, tmp_path) as at:
-        await run(*NBDSH, LIBNBD_SCRIPT.format(uri=uri(at), structured=structured))
+        await nbdsh(LIBNBD_SCRIPT.format(uri=uri(at), structured=structured))
 
 
 async def test_libnbd_sees_errors_of_a_read_only_export(tmp_path: Path) -> None:
     node = MemoryNode(MIB, read_only=True)
     script = "h.set_strict_mode(0); h.connect_uri({!r}); assert h.is_read_only(); h.pwrite(b'x', 0)"
     async with serving(node, tmp_path, writable=False) as at:
-        output = await run(*NBDSH, script.format(uri(at)), expect=1)
+        output = await nbdsh(script.format(uri(at)), expect=1)
     assert "Operation not permitted" in output
 
 

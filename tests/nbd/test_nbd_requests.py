@@ -120,6 +120,119 @@ async def test_fua_flushes_after_the_write(node: MemoryNode, tmp_path: Path) -> 
     ]
 
 
+async def test_writethrough_flushes_after_every_write(either: MemoryNode, tmp_path: Path) -> None:
+    async with serving(either, tmp_path, writethrough=True) as at, await at.client() as client:
+        await client.write(0, b"x" * 4096)
+        await client.write(0, b"x" * MIB)
+        await client.write_zeroes(0, 4096)
+        await client.trim(0, 4096)
+        assert await client.read(4096, 4096) == b"x" * 4096
+    assert [entry for entry in either.log if entry != "read"] == [
+        *("write", "flush", "write", "flush", "write_zeroes unmap=True", "flush", "discard", "flush")
+    ]
+
+
+async def test_only_a_flush_tells_of_a_loss_once_to_each_connection(node: MemoryNode, tmp_path: Path) -> None:
+    """A READ with FUA, in particular, does not count as told."""
+    node.nowait = False
+    async with serving(node, tmp_path) as at, await at.client() as first, await at.client() as second:
+        at.root.lost_writes.add("the disk was full")
+        for client in (first, second):
+            await client._request(nbd.CMD_FLAG_FUA, nbd.CMD_READ, 0, 512)
+            await client.write(0, b"x" * 512, fua=True)
+            await client.write_zeroes(0, 4096, fua=True)
+            await client._request(nbd.CMD_FLAG_FUA, nbd.CMD_CACHE, 0, 512)
+        await _hears_once(first)
+        async with await at.client() as late:
+            await _hears_once(late)
+        await _hears_once(second)
+
+
+async def test_a_guest_that_is_away_when_its_writes_are_lost_hears_of_it(
+    node: MemoryNode, tmp_path: Path
+) -> None:
+    """Others have been told meanwhile, and nobody knows which of them it is when it comes back."""
+    async with serving(node, tmp_path) as at, await at.client() as present:
+        async with await at.client() as away:
+            await away.write(0, b"x" * 512)
+        await at.until_connections(1)
+        at.root.lost_writes.add("the disk was full")
+        await _hears_once(present)
+        for _ in range(2):
+            async with await at.client() as client:
+                await _hears_once(client)
+        at.root.lost_writes.acknowledge()
+        async with await at.client() as client:
+            await client.flush()
+
+
+async def test_of_an_acknowledged_loss_nobody_is_told_but_of_the_next_one(
+    node: MemoryNode, tmp_path: Path
+) -> None:
+    async with serving(node, tmp_path) as at, await at.client() as one, await at.client() as other:
+        at.root.lost_writes.add("the disk was full")
+        await _hears_once(one)
+        at.root.lost_writes.acknowledge()
+        await other.flush()
+        at.root.lost_writes.add("the disk was full again")
+        await _hears_once(one)
+        await _hears_once(other)
+
+
+async def test_a_loss_is_not_told_to_clients_that_cannot_write(node: MemoryNode, tmp_path: Path) -> None:
+    async with serving(node, tmp_path, writable=False) as at, await at.client() as client:
+        at.root.lost_writes.add("the disk was full")
+        await client.flush()
+        assert at.root.lost_writes.why is not None
+
+
+async def _hears_once(client: NbdClient) -> None:
+    with pytest.raises(StorageError):
+        await client.flush()
+    await client.flush()
+
+
+class ZeroedAtOnce(MemoryNode):
+    """Answers trims and zeroes without waiting, or says that it would have to."""
+
+    def discard_nowait(self, offset: int, length: int) -> bool:
+        if self.nowait:
+            self.log.append("discard_nowait")
+            self._zero(offset, length, is_hole=True)
+        return self.nowait
+
+    def write_zeroes_nowait(self, offset: int, length: int) -> bool:
+        if self.error is not None:
+            raise self.error
+        if self.nowait:
+            self.log.append("write_zeroes_nowait")
+            self._zero(offset, length, is_hole=True)
+        return self.nowait
+
+
+async def test_trims_and_zeroes_are_answered_at_once_where_that_can_be(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    node = ZeroedAtOnce(MIB)
+    node.data[:] = pattern(MIB)[:MIB]
+    async with serving(node, tmp_path) as at, await at.client() as client:
+        await client.trim(0, 4096)
+        await client.write_zeroes(8192, 4096)
+        assert node.log == ["discard_nowait", "write_zeroes_nowait"]
+        await client.write_zeroes(8192, 4096, no_hole=True)  # says how it is to be done
+        await client.trim(0, 4096, fua=True)
+        node.nowait = False
+        await client.trim(4096, 4096)
+        usual = ["write_zeroes unmap=False", "discard", "flush", "discard"]
+        assert node.log[2:] == usual
+        node.error = StorageError("broken", errno=errno.EIO)
+        with pytest.raises(BlockdError):
+            await client.write_zeroes(0, 4096)
+    assert "': write zeroes of 4096 bytes at 0 failed: broken" in caplog.text
+    assert node.data[: 3 * 4096] == bytes(3 * 4096)
+    assert node.data[3 * 4096 :] == pattern(MIB)[3 * 4096 : MIB]
+
+
 async def test_zeroing_trimming_and_caching(node: MemoryNode, tmp_path: Path) -> None:
     async with serving(node, tmp_path) as at, await at.client() as client:
         await client.write(0, b"x" * MIB)

@@ -8,7 +8,11 @@ import pytest
 from tests.programs import run
 from tests.walls import PROJECT
 
-SCRIPTS = [PROJECT / ".ci/run", *sorted((PROJECT / "examples").glob("*.sh"))]
+SCRIPTS = [
+    PROJECT / ".ci/run",
+    PROJECT / "tests/qemu_iotests/fetch",
+    *sorted((PROJECT / "examples").glob("*.sh")),
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)

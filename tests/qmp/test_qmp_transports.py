@@ -1,6 +1,8 @@
 """The ways to a session: unix, TCP, inherited descriptors, connecting out, standard input and output."""
 
 import asyncio
+import contextlib
+import http.client
 import json
 import os
 import socket
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from blockd.aio import keeping_socket_files
 from blockd.errors import RequestError
 from blockd.qmp import server as server_module
 from blockd.qmp.server import QmpServer
@@ -149,6 +152,63 @@ async def test_tcp_client_must_negotiate_in_time(server: Server, monkeypatch: py
         writer.close()
 
 
+COMMANDS = b'{"execute": "qmp_capabilities"}\r\n{"execute": "note", "arguments": {"entry": "obeyed"}}\r\n'
+
+
+@pytest.mark.parametrize("method", ["POST", "PUT", "{POST"])
+async def test_what_a_web_page_sends_is_not_obeyed(server: Server, toy: ToyContext, method: str) -> None:
+    port = await server.listen_tcp("127.0.0.1", 0)
+
+    def send_as_a_browser_does() -> None:
+        client = http.client.HTTPConnection("127.0.0.1", port, timeout=100)
+        try:
+            client.request(method, "/", COMMANDS, {"Content-Type": "text/plain"})
+            client.getresponse()
+        finally:
+            client.close()
+
+    with pytest.raises((http.client.HTTPException, ConnectionError)):
+        await asyncio.to_thread(send_as_a_browser_does)
+    await server.close()
+    assert toy.journal == []
+
+
+@pytest.mark.parametrize(
+    ("before", "garbage"),
+    [
+        (b"", b"G"),
+        (b" \t\r\n", b'"a string that does not end'),
+        (b"", b"[1]"),
+        (b'{"execute": "look"}\r\n', b"null"),
+        (b"{}", b"?"),
+    ],
+)
+async def test_tcp_client_that_sends_garbage_first_is_disconnected(
+    server: Server, toy: ToyContext, before: bytes, garbage: bytes
+) -> None:
+    port = await server.listen_tcp("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await reader.readline()
+    writer.write(before)
+    if before.strip():
+        assert b"error" in await reader.readline()
+    writer.write(garbage)
+    with contextlib.suppress(ConnectionResetError):
+        assert await reader.read() == b""
+    writer.close()
+    await server.close()
+    assert toy.journal == []
+
+
+async def test_tcp_client_may_send_garbage_once_it_has_negotiated(server: Server) -> None:
+    port = await server.listen_tcp("127.0.0.1", 0)
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b'\r\n {"execute": "qmp_capabilities"} ? {"execute": "look"}')
+    replies = [await reader.readline() for _ in range(4)]
+    assert [b"return" in reply for reply in replies] == [False, True, False, True]
+    writer.close()
+
+
 # -- descriptors ------------------------------------------------------------------------------
 
 
@@ -186,7 +246,8 @@ async def test_descriptors_that_are_no_good(server: Server) -> None:
 async def test_connecting_to_a_client_that_listens(server: Server, tmp_path: Path) -> None:
     accepted: asyncio.Queue[Any] = asyncio.Queue()
     path = str(tmp_path / "theirs")
-    listener = await asyncio.start_unix_server(lambda *streams: accepted.put_nowait(streams), path)
+    start = keeping_socket_files(asyncio.start_unix_server)
+    listener = await start(lambda *streams: accepted.put_nowait(streams), path)
     await server.connect_unix(path)
     await converse(*await accepted.get())
     listener.close()

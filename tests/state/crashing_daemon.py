@@ -14,7 +14,7 @@ from typing import Any
 from blockd.cli.daemon import main
 from blockd.daemon import state_dir
 
-STEPS = ("open", "write", "fsync", "rename")
+STEPS = ("open", "write", "pwrite", "fsync", "rename", "unlink")
 CRASH_AT = Path("crash-at")
 
 

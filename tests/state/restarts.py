@@ -1,9 +1,9 @@
 """A daemon with a state directory that runs several times, by itself or ended by a kill."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
+from blockd.daemon.journal import parse_journal
 from blockd.protocols.nbd_client import NbdClient
 from tests.daemon_process import DaemonProcess
 from tests.qmp_client import Json, QmpClient
@@ -41,7 +41,8 @@ class Restarts(DaemonProcess):
     @property
     def journal(self) -> Json:
         """The state in the journal."""
-        return json.loads((self.folder / "state" / "journal.json").read_text())["state"]
+        data = (self.folder / "state" / "journal.json").read_bytes()
+        return parse_journal(data, "journal").state
 
 
 async def events_to_the_end(client: QmpClient) -> list[str]:

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 
 from blockd.daemon import state_dir
-from blockd.daemon.state_dir import JOURNAL, NEW_JOURNAL, VERSION, StateDir
+from blockd.daemon.changes import Json
+from blockd.daemon.journal import VERSION, checksum_of
+from blockd.daemon.state_dir import JOURNAL, NEW_JOURNAL, StateDir
 from blockd.errors import BlockdError, ImageError, RequestError, StorageError
 
 OLD, NEW = {"disks": ["old"]}, {"disks": ["new", "ä", 7, None, True]}
@@ -30,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "state"
 
 
-def write(folder: Path, state: object) -> None:
+def write(folder: Path, state: Json) -> None:
     directory = StateDir.open(str(folder))
     try:
         directory.write_new(state)
@@ -43,8 +45,7 @@ def write(folder: Path, state: object) -> None:
 def read(folder: Path) -> object:
     directory = StateDir.open(str(folder))
     try:
-        text = directory.load()
-        return None if text is None else json.loads(text)
+        return directory.load()
     finally:
         directory.close()
 
@@ -94,7 +95,7 @@ def test_one_daemon_at_a_time(folder: Path) -> None:
 
 
 def journal(version: object = VERSION, checksum: str | None = None, state: object = None) -> bytes:
-    found = {"blockd-journal": version, "sha256": checksum or state_dir._checksum(state), "state": state}
+    found = {"blockd-journal": version, "sha256": checksum or checksum_of(state), "state": state}
     return json.dumps(found).encode()
 
 
@@ -111,7 +112,7 @@ BAD_JOURNALS = [
         "was written by a newer blockd (its version is 2, this one knows 1)",
     ),
     (journal(version=0, state=OLD), "is damaged, its checksum is wrong: "),
-    (journal(state=NEW, checksum=state_dir._checksum(OLD)), "is damaged, its checksum is wrong: "),
+    (journal(state=NEW, checksum=checksum_of(OLD)), "is damaged, its checksum is wrong: "),
 ]
 
 
@@ -164,6 +165,50 @@ def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
         assert error.message.startswith(f"Could not use '{tmp_path / name}' as state directory: ")
         assert text in error.message
     assert not (tmp_path / "no").exists()
+
+
+@pytest.mark.parametrize("what", ["", JOURNAL])
+def test_what_belongs_to_another_user_is_not_believed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    """Who owns it could say which files are opened, and written, with our rights."""
+    fstat = os.fstat
+
+    def owned_by_another(fd: int) -> os.stat_result:
+        status = fstat(fd)
+        is_meant = os.path.samestat(status, (folder / what).stat())
+        return os.stat_result((*status[:4], os.geteuid() + 7, *status[5:])) if is_meant else status
+
+    monkeypatch.setattr(os, "fstat", owned_by_another)
+    error = refusal(lambda: read(folder))
+    assert isinstance(error, RequestError)
+    assert (
+        f"it belongs to the user with id {os.geteuid() + 7}, and it says which files to open" in error.message
+    )
+
+
+def test_renamed_directory_is_gone_on_with_and_each_new_name_is_told_once(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = StateDir.open(str(folder))
+    moved = folder.with_name("moved")
+    further = folder.with_name("further")
+    try:
+        for old, new in ((folder, moved), (moved, further), (further, moved)):
+            old.rename(new)
+            folder.mkdir(exist_ok=True)
+            for _ in range(2):
+                directory.write_new(NEW)
+                directory.publish()
+                directory.sync()
+    finally:
+        directory.close()
+    assert list(folder.iterdir()) == []
+    assert read(moved) == NEW
+    told = [record.getMessage() for record in caplog.records]
+    assert [text.split(": ", 1)[1].split(",")[0] for text in told] == [
+        f"the journal goes on in '{place}'" for place in (moved, further, moved)
+    ]
 
 
 # -- crashes and errors between any two steps --------------------------------------------------

@@ -11,6 +11,7 @@ from blockd.units import KIB
 from tests import qemu_img
 from tests.chains import make
 from tests.control.running import Running, running, until
+from tests.iotests_ideas.nodes import add, export, file, qcow2, reopen, throttle
 
 CLUSTER = 64 * KIB
 LAYERS = ["ABCDEFGH", "-X--0---", "--Y-----", "---Z----"]
@@ -97,7 +98,7 @@ async def test_filters_and_faults(tmp_path: Path) -> None:
     ]
     async with run(tmp_path, *arguments) as daemon:
         before = shape(daemon)
-        assert before["broken"][3] == {"file": "f"}
+        assert before["broken"][3] == {"image": "f"}
     await same_after_restart(tmp_path, before, *arguments)
     await same_after_restart(tmp_path, before, *arguments)
 
@@ -119,7 +120,7 @@ async def test_streams_of_parts_of_a_chain_go_on(tmp_path: Path) -> None:
         client = await daemon.qmp()
         # The filter of "low" has a name that is made anew, if need be.
         assert {name for name in shape(daemon) if not name.startswith("#")} == {"front"}
-        streams = sorted(daemon.services.streams, key=lambda stream: stream.job.id)
+        streams = sorted(daemon.services.streams.running, key=lambda stream: stream.job.id)
         assert [described(stream) for stream in streams] == [("low", names[2:]), ("top", names[:2])]
         for job in ("low", "top"):
             await client.command("block-job-set-speed", device=job, speed=0)
@@ -166,6 +167,33 @@ async def test_transaction_of_switch_and_stream(tmp_path: Path) -> None:
         await client.event("BLOCK_JOB_COMPLETED", device="j")
     assert qemu_img.content(copy) == chain.content
     assert "backing file" not in qemu_img.qemu("qemu-img", "info", copy)
+
+
+async def test_images_that_have_swapped_their_files(tmp_path: Path) -> None:
+    """One of them on a throttle by then; what was opened along with an image stays, for the other has it."""
+    paths = [qemu_img.create(tmp_path / f"{number}.qcow2", SIZE) for number in range(2)]
+    nodes = [qcow2(f"n{number}", file(path, node_name=f"f{number}")) for number, path in enumerate(paths)]
+    async with run(tmp_path) as daemon:
+        client = await daemon.qmp()
+        await client.command("object-add", {"qom-type": "throttle-group", "id": "g"})
+        await add(client, *nodes, throttle("t", "f0", "g"))
+        for number, name in enumerate(("n0", "n1")):
+            await export(client, name)
+            await (await daemon.guest(name)).write(0, bytes([number + 1]) * CLUSTER)
+        await reopen(client, {**nodes[0], "file": "f1"}, {**nodes[1], "file": "t"})
+        before = shape(daemon)
+        assert [before[name][3] for name in ("n0", "n1")] == [{"file": "f1"}, {"file": "t"}]
+        await (await daemon.guest("n1")).write(CLUSTER, b"x" * CLUSTER)
+    async with run(tmp_path) as daemon:
+        assert shape(daemon) == before
+        guest = await daemon.guest("n1")
+        assert await guest.read(0, 2 * CLUSTER) == b"\1" * CLUSTER + b"x" * CLUSTER
+        assert await (await daemon.guest("n0")).read(0, CLUSTER) == b"\2" * CLUSTER
+        client = await daemon.qmp()
+        await reopen(client, {**nodes[0], "file": "f0"}, {**nodes[1], "file": "f1"})
+        assert await guest.read(0, CLUSTER) == b"\2" * CLUSTER
+    for path in paths:
+        qemu_img.assert_sound(path)
 
 
 async def test_many_restarts_change_nothing(tmp_path: Path) -> None:

@@ -82,18 +82,18 @@ async def test_guests_wait_until_the_switch_is_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     is_writing, may_write = threading.Event(), threading.Event()
-    write_new: Callable[[StateDir, object], None] = StateDir.write_new
+    publish: Callable[[StateDir], None] = StateDir.publish
 
-    def wait_and_write(directory: StateDir, state: object) -> None:
+    def wait_and_publish(directory: StateDir) -> None:
         is_writing.set()
         assert may_write.wait(10)
-        write_new(directory, state)
+        publish(directory)
 
     chain = await make(tmp_path, LAYERS)
     copy = qemu_img.create(tmp_path / "copy.qcow2", SIZE, backing=chain.active)
     async with running(tmp_path, "--state-dir", tmp_path / "s", "--device", f"vda={chain.active}") as daemon:
         client, guest = await daemon.qmp(), await daemon.guest("vda")
-        monkeypatch.setattr(StateDir, "write_new", wait_and_write)
+        monkeypatch.setattr(StateDir, "publish", wait_and_publish)
         switch = client.command("block_switch", device="vda", filename=str(copy))
         async with asyncio.TaskGroup() as tasks:
             switching = tasks.create_task(switch)

@@ -306,6 +306,26 @@ async def copied_at_least(client: QmpClient, length: int) -> None:
 
 
 @slow
+async def test_job_whose_work_somebody_else_has_done_is_told_as_done(tmp_path: Path) -> None:
+    """The image names the base in another way than the stream would have: the file is the same."""
+    chain = await make(tmp_path, ["ABCDEFGH" * 4, "-X--0---" * 4, "--Y-----" * 4])
+    daemon = Restarts(tmp_path, "--device", f"vda={chain.active}")
+    client = await daemon.run()
+    base = next(iter(chain.paths))
+    await client.command("block_stream", device="vda", base=str(base), speed=1)
+    assert await daemon.stop() == 0
+    (tmp_path / "link").symlink_to(base)
+    named: list[str | Path] = ["-b", tmp_path / "link", "-F", chain.formats[0]]
+    qemu_img.qemu("qemu-img", "rebase", "-f", "qcow2", *named, chain.active)
+    client = await daemon.run()
+    completed = await client.event("BLOCK_STREAM_COMPLETED")
+    assert "error" not in completed, completed
+    assert await client.command("query-jobs") == []
+    assert await daemon.content() == chain.content
+    assert await daemon.stop() == 0
+
+
+@slow
 async def test_concluded_job_stays_until_it_is_dismissed_and_is_told_once(tmp_path: Path) -> None:
     _, daemon = await disk(tmp_path)
     client = await daemon.run()

@@ -1,6 +1,8 @@
 """How much a stream copies at once: what it makes of what guests wait, and how it finds that out."""
 
 import asyncio
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,13 +10,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from blockd.block.node import FillCounts
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range
 from blockd.filters.guest_waits import GuestWaits
 from blockd.jobs.leeway import LENGTH_MIN, STEP, Leeway
 from blockd.jobs.manager import JobManager
 from blockd.jobs.pace import LENGTH_MIN as COPY_LENGTH_MIN
 from blockd.jobs.pace import LONG_S, SHORT_S, Pace
-from blockd.jobs.stream import APART_FACTOR, COPY_COUNT, COPY_COUNT_ALL, COPY_LENGTH, StreamJob
+from blockd.jobs.stream import (
+    APART_FACTOR,
+    COPY_COUNT,
+    COPY_COUNT_ALL,
+    COPY_LENGTH,
+    LEEWAY_INTERVAL_S,
+    StreamJob,
+)
 from blockd.units import GIB, KIB, MIB
 from tests import qemu_img
 from tests.control.fakes import Recorder
@@ -200,6 +209,7 @@ class WatchedDisk:
         self.guest_written = 0
         self.active = MemoryNode(0, cluster_size=64 * KIB)
         self.guest_waits = self
+        self.copies_in_order = False
         self.waited_s: float | None = None
         self.copy_s = 0.001
         # Copies under way, the most of them since it was last looked, and the lengths of those that began.
@@ -213,7 +223,8 @@ class WatchedDisk:
     async def missing(self, offset: int, length: int) -> list[Extent]:
         return [Extent(offset, length, Kind.DATA)]
 
-    async def populate(self, offset: int, length: int) -> FillCounts:
+    async def populate(self, ranges: Sequence[Range]) -> FillCounts:
+        length = sum(end - start for start, end in ranges)
         self._copy_count += 1
         self.copy_count_max = max(self.copy_count_max, self._copy_count)
         self.lengths.add(length)
@@ -221,7 +232,7 @@ class WatchedDisk:
         self._copy_count -= 1
         return FillCounts(length, 0, 0)
 
-    async def keep_writes(self) -> None:
+    async def run_staging(self) -> None:
         """Nobody writes."""
 
     async def flush(self) -> None:
@@ -255,6 +266,28 @@ def test_job_holds_back_while_guests_wait(speed: int) -> None:
             job.pause()
             await asyncio.sleep(1)
             assert job.counters.copied == job.offset
+
+    run(main())
+
+
+def test_a_machine_that_stands_still_ends_no_stream() -> None:
+    """Between any two looks at the clock longer may pass than guests are watched for at once."""
+
+    async def main() -> None:
+        disk = WatchedDisk()
+        stands_still_s = itertools.count(step=2 * LEEWAY_INTERVAL_S)
+        job = StreamJob(
+            "j",
+            disk,  # type: ignore[arg-type]
+            base_filename=None,
+            base_format=None,
+            clock=lambda: now() + next(stands_still_s),
+        )
+        async with JobManager(Recorder()) as jobs:
+            jobs.start(job)
+            while job.offset < 4 * COPY_LENGTH:
+                assert job.error is None
+                await asyncio.sleep(LEEWAY_INTERVAL_S)
 
     run(main())
 
@@ -341,7 +374,7 @@ async def test_target_is_the_daemons(tmp_path: Path, option: list[str], target_s
     async with running(tmp_path, *option, "--device", f"vda={active}") as daemon:
         qmp = await daemon.qmp()
         await qmp.command("block-stream", {"device": "vda", "auto-finalize": False})
-        [stream] = daemon.services.streams
+        [stream] = daemon.services.streams.running
         assert stream.job.leeway.target_s == target_s
         await qmp.command("job-cancel", {"id": "vda"})
 

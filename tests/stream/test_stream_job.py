@@ -2,13 +2,14 @@
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 
 import pytest
 
 from blockd.aio import task_group
 from blockd.block.node import FillCounts
 from blockd.errors import StorageError
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range
 from blockd.jobs.stream import COPY_COUNT, COPY_LENGTH, REST_COUNT_MAX, StreamJob
 from blockd.units import KIB
 
@@ -24,6 +25,8 @@ class ForgetfulDisk:
         self.guest_written = 0
         self.active = self
         self.cluster_size = CLUSTER
+        self.copies_apart = False
+        self.copies_in_order = False
         self.filename = "top.qcow2"
         self.copies_needed = copies_needed
         self.copy_count = 0
@@ -36,10 +39,10 @@ class ForgetfulDisk:
             return [Extent(offset, CLUSTER, Kind.DATA)]
         return [Extent(offset, SIZE - offset, Kind.UNALLOCATED)]
 
-    async def populate(self, offset: int, length: int) -> FillCounts:
-        assert (offset, length) == (2 * CLUSTER, CLUSTER)
+    async def populate(self, ranges: Sequence[Range]) -> FillCounts:
+        assert list(ranges) == [(2 * CLUSTER, 3 * CLUSTER)]
         self.copy_count += 1
-        return FillCounts(length, 0, 0)
+        return FillCounts(CLUSTER, 0, 0)
 
     async def change_backing(self, _filename: str | None, _format: str | None) -> None:
         self.backing_was_changed = True
@@ -78,11 +81,12 @@ class HastyDisk(ForgetfulDisk):
     async def missing(self, offset: int, length: int) -> list[Extent]:
         return [Extent(offset, length, Kind.DATA)]
 
-    async def populate(self, offset: int, length: int) -> FillCounts:
+    async def populate(self, ranges: Sequence[Range]) -> FillCounts:
+        length = sum(end - start for start, end in ranges)
         self.copy_count += 1
         return FillCounts(length, 0, 0)
 
-    async def keep_writes(self) -> None:
+    async def run_staging(self) -> None:
         await asyncio.Event().wait()
 
     async def flush(self) -> None:

@@ -1,7 +1,6 @@
 """Streams on filesystems where files can share blocks: nothing is copied that can be shared."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -84,18 +83,13 @@ async def test_every_format_shares_blocks(reflink_place: Place, image_format: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["xfs", "btrfs"])
-async def test_what_is_shared_outlives_a_power_cut(
-    tmp_path: Path, kind: str, record_property: Callable[[str, object], None]
-) -> None:
+async def test_what_is_shared_outlives_a_power_cut(tmp_path: Path, kind: str) -> None:
     """It is on the disk when the stream has completed, though the base has never been synced."""
     after = tmp_path / "after.filesystem"
     with mounted(kind, tmp_path) as place:
-        record_property("is_mounted", place.is_mounted)
         chain = await chains.make(place.path, [BASE, "-" * len(BASE)], CLUSTER, "raw")
         async with layers.opened(chain.active, "qcow2") as disk:
             await disk.stream(None)
-            if not place.is_mounted:
-                return
             place.after_power_cut(after)
     with mounted_again(after) as path:
         active = path / chain.active.name

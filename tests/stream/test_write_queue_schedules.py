@@ -7,119 +7,38 @@ import asyncio
 import errno
 import functools
 import itertools
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+import random
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
 from blockd.errors import StorageError
 from blockd.extents import Kind
-from blockd.filters.blkstream import BlkStream
 from blockd.filters.write_queue import WriteQueue
-from blockd.formats.check_report import CheckReport
 from blockd.formats.qcow2.check import check
-from blockd.formats.raw.image import RawImage
-from blockd.jobs.stream import StreamJob
 from tests.chains import read_all
-from tests.doubles import FailingFile, HeldNode
+from tests.cold_file import coldness
+from tests.doubles import FailingFile
 from tests.inline_threads import steps, use_inline_threads
-from tests.model import ModelDisk, drawn
 from tests.recording import RecordingFile
-from tests.streaming import Streaming, open_overlay, overlay, streaming
-
-CLUSTER = 4096
-COUNT = 8
-
-
-Change = Callable[[int, int], Awaitable[None]]
+from tests.scheduled_threads import RandomThreads, scheduled
+from tests.stream.held_source import CLUSTER, COUNT, Change, Rig, copy_held, rig
+from tests.streaming import open_overlay, overlay
 
 
-@pytest.fixture(autouse=True)
-async def inline_threads() -> None:
+@pytest.fixture(autouse=True, params=[0, 0.7, 1], ids=["warm", "cold", "all cold"])
+async def cold(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
+    """So often files say that they would wait; then threads end in any order, and caches hold two tables."""
     use_inline_threads()
-
-
-@dataclass
-class Rig:
-    """An empty overlay over a source that can be held, with a stream's filter in front."""
-
-    source: HeldNode
-    file: FailingFile
-    disk: Streaming
-    model: ModelDisk
-
-    @property
-    def node(self) -> BlkStream:
-        assert isinstance(self.disk.root.top, BlkStream)
-        return self.disk.root.top
-
-    async def write(self, offset: int, length: int) -> None:
-        """Write as the guest, and tell the model."""
-        data = self.model.new_data(offset, length)
-        self.model.begin_write(offset, data)
-        try:
-            if not self.disk.root.node.write_nowait(offset, data):
-                async with self.disk.root.request() as node:
-                    await node.write(offset, data)
-        except (StorageError, asyncio.CancelledError):
-            self.model.fail_write(offset, data)
-            raise
-        self.model.finish_write(offset, data)
-
-    async def change(self, call: Change, offset: int, length: int) -> None:
-        """Zero or discard as the guest; `call` does it."""
-        self.model.begin_write(offset, bytes(length))
-        try:
-            await call(offset, length)
-        except (StorageError, asyncio.CancelledError):
-            self.model.fail_write(offset, bytes(length))
-            raise
-        self.model.finish_write(offset, bytes(length))
-
-    async def compare(self) -> None:
-        """Read all as a guest and compare."""
-        self.model.check_read(0, await read_all(self.disk.root.top))
-
-    async def stream_to_end(self) -> StreamJob:
-        job = await self.disk.start(None)
-        await job.wait_ended()
-        return job
-
-    async def whole_image(self) -> CheckReport:
-        """Compare what the file holds, without any backing; returns the check's report."""
-        await self.disk.active.flush()
-        report = await check(RecordingFile(bytes(self.file.disk)))
-        assert report.corruptions == 0, report.findings
-        image = await open_overlay(RecordingFile(bytes(self.file.disk)), None, read_only=True)
-        assert image.backing_filename is None
-        self.model.check_read(0, await read_all(image))
-        return report
-
-
-@asynccontextmanager
-async def rig(base: str = "B" * COUNT) -> AsyncIterator[Rig]:
-    content = drawn([base], CLUSTER)
-    raw = await RawImage.open(RecordingFile(content, "base.raw"), node_name="base", read_only=True)
-    source = HeldNode(raw)
-    file = FailingFile()
-    active = await overlay(file, source, len(content), cluster_size=CLUSTER)
-    file.is_slow = True
-    async with streaming(active) as disk:
-        disk.root.replace(BlkStream(active, None, "#filter"))
-        yield Rig(source, file, disk, ModelDisk(content))
-
-
-@asynccontextmanager
-async def copy_held(scene: Rig, offset: int = 0, length: int = CLUSTER) -> AsyncIterator[asyncio.Task[Any]]:
-    """A copy-on-read that has asked its source and waits for the answer; released after the block."""
-    scene.source.hold()
-    async with asyncio.TaskGroup() as tasks:
-        task = tasks.create_task(scene.node.populate(offset, length))
-        await scene.source.reached.wait()
-        yield task
-        scene.source.release()
+    if not request.param:
+        yield
+        return
+    rng = random.Random(1)
+    monkeypatch.setattr(Rig, "would_wait", staticmethod(coldness(rng, request.param)))
+    with scheduled(RandomThreads(rng)):
+        yield
 
 
 # -- a copy is held, the guest writes ---------------------------------------------------------------
@@ -212,7 +131,7 @@ async def test_read_does_not_wait_for_the_copy_of_what_it_reads() -> None:
 
 async def test_what_is_not_being_copied() -> None:
     queue = WriteQueue(CLUSTER)
-    async with queue.copying(2, 4), queue.copying(6, 7), queue.copying(4, 6, is_for_guest=True):
+    async with queue.copying([(2, 4), (6, 7)]), queue.copying([(4, 6)], is_for_guest=True):
         assert queue.uncopied(0, 8) == [(0, 2), (4, 6), (7, 8)]
         assert queue.uncopied(2, 4) == queue.uncopied(3, 4) == []
         assert queue.uncopied(3, 6) == [(4, 6)]
@@ -296,7 +215,7 @@ async def test_copy_that_waits_for_a_write_leaves_it_alone() -> None:
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(scene.write(512, 512))
             await scene.source.reached.wait()
-            copy = tasks.create_task(scene.node.populate(0, CLUSTER))
+            copy = tasks.create_task(scene.node.populate([(0, CLUSTER)]))
             await steps(20)
             assert not copy.done()
             scene.source.release()
@@ -309,7 +228,7 @@ async def test_failed_copy_changes_nothing_and_the_waiting_write_goes_on() -> No
     async with rig() as scene:
         scene.source.hold()
         scene.source.error = StorageError("the source is broken", errno=errno.EIO)
-        copy = asyncio.ensure_future(scene.node.populate(0, CLUSTER))
+        copy = asyncio.ensure_future(scene.node.populate([(0, CLUSTER)]))
         await scene.source.reached.wait()
         whole = asyncio.ensure_future(scene.write(CLUSTER, CLUSTER))
         part = asyncio.ensure_future(scene.write(512, 512))
@@ -395,7 +314,7 @@ Action = Callable[[Rig], Coroutine[Any, Any, Any]]
 
 ACTIONS: dict[str, Action] = {
     "copy-on-read": lambda scene: scene.node.read(512, 2 * CLUSTER),
-    "populate": lambda scene: scene.node.populate(0, COUNT * CLUSTER),
+    "populate": lambda scene: scene.node.populate([(0, COUNT * CLUSTER)]),
     "write of a cluster": lambda scene: scene.write(CLUSTER, CLUSTER),
     "write of a part": lambda scene: scene.write(CLUSTER + 512, 512),
     "write across": lambda scene: scene.write(CLUSTER - 512, 2 * CLUSTER),

@@ -80,7 +80,7 @@ async def test_stream_under_a_throttled_guest(tmp_path: Path) -> None:
         guest = await daemon.guest("th")
         await guest.write(0, b"guest")
         await client.command("block-stream", {"job-id": "j", "device": "disk", "speed": 1})
-        assert await snapshot_of(daemon) == ["throttle", "blkstream", "qcow2", "file"]
+        assert await snapshot_of(daemon) == ["throttle", "copy-on-read", "qcow2", "file"]
         waiting = asyncio.gather(*(guest.read(0, 512) for _ in range(3)))
         await client.command("block-job-set-speed", device="j", speed=0)
         # The drains of the job do not wait for what the guest may not read yet.
@@ -118,7 +118,9 @@ async def test_resize_below_is_seen_above(tmp_path: Path) -> None:
     async with running(tmp_path) as daemon:
         client = await daemon.qmp()
         await throttled(client, chain.active)
+        await client.command("block-export-del", id="e")
         await client.command("block_resize", {"node-name": "disk", "size": 2 * len(chain.content)})
+        await client.command("block-export-add", {"type": "nbd", "id": "e", "node-name": "th"})
         guest = await daemon.guest("th")
         assert await guest.read(len(chain.content), 512) == bytes(512)
 

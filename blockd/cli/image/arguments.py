@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from blockd.units import parse_size
 
-_EPILOG = """\
+_EXIT_STATUS = """\
 exit status:
   0    success; check: nothing is wrong
   1    failure, which is told on standard error
@@ -16,7 +16,9 @@ exit status:
   3    check: nothing is wrong but space that nothing refers to
   63   check: images of this format hold nothing that could be checked
   130  Ctrl-C; convert has removed the file it had begun
+"""
 
+_EXAMPLES = """
 examples:
   blockctl image create -f qcow2 -o cluster_size=128k,lazy_refcounts=on disk.qcow2 10G
   blockctl image create -b base.raw -F raw disk.qcow2
@@ -25,6 +27,19 @@ examples:
   blockctl image map --json disk.qcow2
   blockctl image convert -O raw disk.qcow2 disk.raw
 """
+
+
+def add_command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, purpose: str, exit_status: str
+) -> argparse.ArgumentParser:
+    """Add a command whose help tells its exit statuses."""
+    return commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose.capitalize() + ".",
+        epilog=exit_status,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 class ImageParsers:
@@ -39,7 +54,7 @@ class ImageParsers:
             "image",
             help="work on image files that nobody has open; needs no daemon",
             description="Work on image files that nobody has open; needs no daemon.",
-            epilog=_EPILOG,
+            epilog=_EXIT_STATUS + _EXAMPLES,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         below = image.add_subparsers(required=True, metavar="COMMAND")
@@ -55,7 +70,7 @@ class ImageParsers:
         name: str,
         purpose: str,
     ) -> argparse.ArgumentParser:
-        parser = commands.add_parser(name, help=purpose, description=purpose.capitalize() + ".")
+        parser = add_command(commands, name, purpose, _EXIT_STATUS)
         self._share(parser)
         parser.set_defaults(action=_run, image_command=name)
         return parser
@@ -67,7 +82,9 @@ class ImageParsers:
         create.add_argument(
             "size", nargs="?", type=size, help="such as 10G (default: that of the backing file)"
         )
-        create.add_argument("-f", "--format", default="qcow2", help="default: qcow2")
+        create.add_argument(
+            "-f", "--format", help="default: qcow2; needed if FILE is named like an image of another format"
+        )
         create.add_argument("-b", "--backing", metavar="FILE", help="make an overlay of FILE")
         create.add_argument("-F", "--backing-format", metavar="FORMAT", help="the format of that FILE")
         _add_creation_options(create)
@@ -101,7 +118,10 @@ class ImageParsers:
         _add_file(convert)
         convert.add_argument("target", help="a file that does not exist yet")
         convert.add_argument(
-            "-O", "--target-format", default="qcow2", metavar="FORMAT", help="default: qcow2"
+            "-O",
+            "--target-format",
+            metavar="FORMAT",
+            help="default: qcow2; needed if TARGET is named like an image of another format",
         )
         _add_creation_options(convert)
 
@@ -112,6 +132,20 @@ def size(text: str) -> int:
         return parse_size(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def take_size(options: argparse.Namespace, more: list[str]) -> bool:
+    """Take the size of a new image that stands behind options; tell whether that is what is left.
+
+    With `create FILE -f raw 1M` argparse has decided at FILE that there is no size.
+    """
+    if getattr(options, "image_command", None) != "create" or options.size is not None or len(more) != 1:
+        return False
+    try:
+        options.size = size(more[0])
+    except argparse.ArgumentTypeError:
+        return False
+    return True
 
 
 def _add_file(parser: argparse.ArgumentParser) -> None:

@@ -2,8 +2,7 @@
 
 from collections.abc import Iterator
 
-from blockd.cli.image.create import format_entry
-from blockd.cli.image.opening import opened_file
+from blockd.cli.image.opening import format_entry, opened_file
 from blockd.errors import ErrorKind, RequestError
 from blockd.formats.check_report import CheckReport, Repair
 

@@ -14,15 +14,18 @@ from typing import NamedTuple
 from blockd.block.chain import format_of
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
 from blockd.cli.following import POLL_INTERVAL_S, StreamStatus
-from blockd.cli.image.create import NewImage, create_image, format_entry
-from blockd.cli.image.opening import opened_image
+from blockd.cli.image.create import NewImage, make_image
+from blockd.cli.image.opening import format_entry, opened_image
 from blockd.drivers import NodeGraph
+from blockd.filenames import absolute, basename, folder_of, given_path, plain
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.raw.target import RawTarget
 from blockd.jobs.job import Action, Job
 from blockd.jobs.manager import JobManager
 from blockd.jobs.stream import StreamJob
 from blockd.protocols.file import FileNode
+from blockd.protocols.new_file import MadeFile
+from blockd.protocols.opening import Find
 
 _JOB_ID = "convert"
 
@@ -52,14 +55,16 @@ async def convert_image(
     Fails to: there is no such target.
     """
     entry = format_entry(image.image_format)
-    made_files = entry.made_files(target, image.options)
+    target = given_path(target)
     async with opened_image(source.filename, source.image_format, source.image_paths) as (top, graph):
         if entry.has_backing:
             image = image._replace(backing=_name_for(top, target), backing_format=format_of(top))
-        await create_image(target, image._replace(size=top.size))
-        with _removed_on_failure(made_files):
+        _, made = await make_image(target, image._replace(size=top.size))
+        with _removed_on_failure(made):
             opening = (
-                _overlay(graph, target, image.image_format, top) if entry.has_backing else _plain(target, top)
+                _overlay(graph, target, image.image_format, top, made[0].find)
+                if entry.has_backing
+                else _plain(made[0].find, top)
             )
             async with opening as overlay:
                 job = await _stream(overlay, target, show)
@@ -68,33 +73,45 @@ async def convert_image(
 
 def _name_for(source: BlockNode, target: str) -> str:
     """How the target is to name the source: shortly if they are in one folder."""
-    path = Path(source.filename).absolute()
-    return path.name if path.parent == Path(target).absolute().parent else str(path)
+    name = plain(basename(source.filename))
+    return name if _are_beside(source.filename, target) else absolute(source.filename)
+
+
+def _are_beside(one: str, other: str) -> bool:
+    try:
+        return Path(folder_of(one)).samefile(folder_of(other) or ".")
+    except OSError:
+        return False
 
 
 @contextmanager
-def _removed_on_failure(filenames: Iterable[str]) -> Iterator[None]:
+def _removed_on_failure(made: Iterable[MadeFile]) -> Iterator[None]:
     """Leave no half-made image behind, whatever ends the block."""
     try:
         yield
     except BaseException:
-        for filename in filenames:
-            Path(filename).unlink()
+        for file in made:
+            file.remove()
         raise
+    finally:
+        for file in made:
+            file.close()
 
 
 @asynccontextmanager
 async def _overlay(
-    graph: NodeGraph, target: str, image_format: str, source: BlockNode
+    graph: NodeGraph, target: str, image_format: str, source: BlockNode, find: Find
 ) -> AsyncIterator[OverlayNode]:
     """The target as an overlay; the graph closes it."""
-    yield await graph.open_overlay(target, image_format, source)
+    overlay = await graph.open_overlay(target, image_format, source, find=find)
+    graph.connect(overlay, "backing", source)
+    yield overlay
 
 
 @asynccontextmanager
-async def _plain(target: str, source: BlockNode) -> AsyncIterator[OverlayNode]:
+async def _plain(find: Find, source: BlockNode) -> AsyncIterator[OverlayNode]:
     """The target as what cannot have a backing."""
-    file = await FileNode.open(target, node_name="target", read_only=False)
+    file = await FileNode.open(find, node_name="target", read_only=False)
     try:
         yield RawTarget(file, source, node_name="raw-target")
     finally:
@@ -117,11 +134,19 @@ class _Silent:
         """Waited for."""
 
 
+class _Conversion(StreamJob):
+    """A stream beside which nobody writes: what was copied once is there, and zeroes are left out."""
+
+    async def commit(self) -> None:
+        await self._target.active.change_backing(None, None)
+
+
 async def _stream(overlay: OverlayNode, name: str, show: Callable[[StreamStatus], None]) -> StreamJob:
     file = overlay.children()["file"]
     if isinstance(file, ProtocolNode):
         file.may_clone = False  # whoever converts an image expects its zeroes to take no space any more
-    job = StreamJob(_JOB_ID, BlkStream(overlay, None, "stream"), base_filename=None, base_format=None)
+    overlay.records_zeroes = False
+    job = _Conversion(_JOB_ID, BlkStream(overlay, None, "stream"), base_filename=None, base_format=None)
     async with JobManager(_Silent()) as jobs:
         jobs.start(job)
         while not await _has_ended(job):

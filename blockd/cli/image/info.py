@@ -1,18 +1,15 @@
 """`blockctl image info`: what an image is, in the shape of QEMU's ImageInfo."""
 
 from collections.abc import Iterator, Mapping
-from datetime import datetime
-from pathlib import Path
 
-from blockd.block.image_paths import beside
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.drivers import FORMATS
-from blockd.units import SECTOR_SIZE
+from blockd.filenames import full_name
 
 Members = dict[str, object]
 
 
-def describe(image: BlockNode) -> Members:
+def describe(image: BlockNode, actual_size: int) -> Members:
     """Tell all there is to tell about one image, backing files left out.
 
     Needs:    a thread, for it asks the file system.
@@ -21,14 +18,14 @@ def describe(image: BlockNode) -> Members:
         "filename": image.filename,
         "format": image.driver,
         "virtual-size": image.size,
-        "actual-size": Path(image.filename).stat().st_blocks * SECTOR_SIZE,
+        "actual-size": actual_size,
         "dirty-flag": False,
     }
     if image.cluster_size > 1:
         found["cluster-size"] = image.cluster_size
     if isinstance(image, OverlayNode) and image.backing_filename:
         found["backing-filename"] = image.backing_filename
-        found["full-backing-filename"] = beside(image.filename, image.backing_filename)
+        found["full-backing-filename"] = full_name(image.filename, image.backing_filename)
         if image.backing_format:
             found["backing-filename-format"] = image.backing_format
     entry = FORMATS[image.driver]
@@ -70,6 +67,8 @@ def _size(value: object) -> str:
 
 
 def _snapshot_lines(snapshots: object) -> Iterator[str]:
+    from datetime import datetime  # noqa: PLC0415  (slow to load, and few images have snapshots)
+
     assert isinstance(snapshots, list)
     yield "Snapshot list:"
     yield f"{'ID':<10}{'TAG':<17}{'VM SIZE':>8}{'DATE':>20}{'VM CLOCK':>13}{'ICOUNT':>11}"

@@ -6,10 +6,21 @@ from contextlib import asynccontextmanager
 from blockd.block.image_paths import ImagePaths
 from blockd.block.node import BlockNode, FilterNode
 from blockd.block.probe import PROBE_LENGTH, probe_format
-from blockd.cli.image.create import format_entry
 from blockd.drivers import FORMATS, NodeGraph
-from blockd.errors import RequestError
+from blockd.drivers.opening import Format
+from blockd.errors import RequestError, printable
+from blockd.filenames import given_path
 from blockd.protocols.file import FileNode
+
+
+def format_entry(name: str) -> Format:
+    """The row of a format.
+
+    Raises:   RequestError: there is none of this name.
+    """
+    if name not in FORMATS:
+        raise RequestError(f"Unknown file format '{printable(name)}'; there are {', '.join(FORMATS)}")
+    return FORMATS[name]
 
 
 @asynccontextmanager
@@ -38,6 +49,7 @@ async def opened_file(
 
     Raises:   RequestError: it cannot be opened, or its format cannot be told.
     """
+    filename = given_path(filename)
     file = await FileNode.open(filename, node_name="file", read_only=read_only)
     try:
         if image_format is None:

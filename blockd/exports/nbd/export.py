@@ -1,19 +1,22 @@
 """One disk under one name, as clients find it."""
 
+import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
 from blockd.block.root import Root
+from blockd.few_lines import FewLines
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd.haggling import ExportInfo
 
-# Every connection runs on the same node, so a flush on one covers what all of them wrote: multi-conn.
+log = logging.getLogger(__name__)
+
 _FLAGS = (
     nbd.TRANSMISSION_HAS_FLAGS
     | nbd.TRANSMISSION_SEND_FLUSH
     | nbd.TRANSMISSION_SEND_FUA
-    | nbd.TRANSMISSION_CAN_MULTI_CONN
     | nbd.TRANSMISSION_SEND_CACHE
 )
 _WRITE_FLAGS = (
@@ -30,10 +33,18 @@ class Export:
     writable: bool
     description: str = ""
     export_id: str = ""
+    # Whether there may be several connections: a client that is told so waits for all that it wants.
+    allows_many: bool = True
+    # Whether every write is flushed before it is acknowledged.
+    writethrough: bool = False
+    failures: FewLines = field(default_factory=partial(FewLines, log))
 
     def info(self, *, structured: bool) -> ExportInfo:
         """Size and transmission flags as they are now."""
         flags = _FLAGS | (_WRITE_FLAGS if self.writable else nbd.TRANSMISSION_READ_ONLY)
+        if self.allows_many:
+            # Every connection runs on the same node, so a flush on one covers what all of them wrote.
+            flags |= nbd.TRANSMISSION_CAN_MULTI_CONN
         return ExportInfo(self.root.size, flags | (nbd.TRANSMISSION_SEND_DF if structured else 0))
 
 
@@ -43,6 +54,17 @@ class Terms(NamedTuple):
     export: Export
     structured: bool
     has_allocation: bool  # base:allocation was negotiated for this export
+    client: object  # stands for the connection, for what each of them is told once
+
+
+# How much of a name an error repeats.
+_SHOWN_LENGTH = 80
+
+
+def not_present(name: str) -> str:
+    """Say, as QEMU does, that there is no export of a name."""
+    shown = name if len(name) < _SHOWN_LENGTH else f"{name[:_SHOWN_LENGTH]}..."
+    return f"export '{shown}' not present"
 
 
 def find_export(exports: Mapping[str, Export], name: str) -> Export | None:

@@ -8,7 +8,7 @@ haggling goes on; what breaks the framing itself raises PeerError and costs the 
 from collections.abc import Callable, Mapping
 
 from blockd.errors import PeerError
-from blockd.exports.nbd.export import Export, Terms, find_export
+from blockd.exports.nbd.export import Export, Terms, find_export, not_present
 from blockd.units import KIB
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling as wire
@@ -94,7 +94,7 @@ class Handshake:
         name = wire.parse_name(data)
         export = find_export(self._exports, name)
         if export is None:
-            raise PeerError(f"no export '{name}'")
+            raise PeerError(not_present(name))
         is_padded = not (self._client_flags or 0) & nbd.FLAG_NO_ZEROES
         info = export.info(structured=self._is_structured)
         self.replies.append(wire.pack_export_name_reply(info, padded=is_padded))
@@ -106,7 +106,7 @@ class Handshake:
             self._agree(export)
 
     def _agree(self, export: Export) -> None:
-        self.terms = Terms(export, self._is_structured, self._allocation_export is export)
+        self.terms = Terms(export, self._is_structured, self._allocation_export is export, client=self)
 
     def _abort(self, data: bytes) -> None:
         self._reply(nbd.REP_ACK)
@@ -134,7 +134,7 @@ class Handshake:
     def _find(self, name: str) -> Export | None:
         export = find_export(self._exports, name)
         if export is None:
-            self._reply(nbd.REP_ERR_UNKNOWN, f"no export '{name}'".encode())
+            self._reply(nbd.REP_ERR_UNKNOWN, not_present(name).encode())
         return export
 
     def _list(self, data: bytes) -> None:

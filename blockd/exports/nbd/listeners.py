@@ -1,82 +1,46 @@
 """Sockets that wait for clients: on a path, on a loopback address, or handed in by whoever started us."""
 
-import asyncio
-import errno
-import os
 import socket
-import stat
-from pathlib import Path
 
+from blockd.aio import addresses_of
 from blockd.errors import RequestError
+from blockd.filenames import absolute
+from blockd.qmp.unix_socket import BACKLOG, SocketFile
 
 PORT_MAX = 65535
-# Clients that may wait to be accepted; beyond it the kernel refuses them.
-BACKLOG = 128
+
+# Where to listen: an absolute path, or an address and a port.
+Place = str | tuple[str, int]
 
 
 class Listener:
     """A listening socket; one on a path also takes care of its socket file."""
 
     def __init__(
-        self, sock: socket.socket, address: str, path: Path | None = None, *, is_inherited: bool = False
+        self, sock: socket.socket, address: str, place: Place | None, file: SocketFile | None = None
     ) -> None:
         self.sock = sock
         self.address = address
-        self.is_inherited = is_inherited
+        # None: it was inherited, and cannot be made again.
+        self.place = place
         sock.setblocking(False)
-        self._path = path
-        self._identity = _identity(path) if path is not None else None
+        self._file = file
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Stop listening; the socket file goes too, if it is still ours."""
         self.sock.close()
-        if self._path is not None and _identity(self._path) == self._identity:
-            self._path.unlink()
+        if self._file is not None:
+            await self._file.remove()
 
 
-def listen_unix(path: str) -> Listener:
+async def listen_unix(path: str) -> Listener:
     """Listen on a unix socket that only our own user can connect to.
 
     Raises:   RequestError: somebody listens there already, something else than a socket is there,
               or the file cannot be made.
     """
-    sock = socket.socket(socket.AF_UNIX)
-    try:
-        _remove_stale(path)
-        sock.bind(path)
-        Path(path).chmod(0o600)  # before listen(): until then nobody can connect
-        sock.listen(BACKLOG)
-    except (OSError, ValueError) as error:
-        sock.close()
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RequestError(f"Failed to bind socket to {path}: {reason}") from error
-    except RequestError:
-        sock.close()
-        raise
-    return Listener(sock, f"nbd+unix:///?socket={path}", Path(path))
-
-
-def _remove_stale(path: str) -> None:
-    """Remove a socket file that nobody answers on."""
-    try:
-        mode = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(mode):
-        raise RequestError(f"Failed to bind socket to {path}: the file exists and is not a socket")
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)
-        if probe.connect_ex(path) != errno.ECONNREFUSED:
-            raise RequestError(f"Failed to bind socket to {path}: another process listens on it")
-    Path(path).unlink()
-
-
-def _identity(path: Path) -> tuple[int, int] | None:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return None
-    return status.st_dev, status.st_ino
+    file = await SocketFile.create(path)
+    return Listener(file.listener, f"nbd+unix:///?socket={path}", absolute(path), file)
 
 
 async def listen_tcp(host: str, port: int) -> list[Listener]:
@@ -86,24 +50,25 @@ async def listen_tcp(host: str, port: int) -> list[Listener]:
     """
     if port > PORT_MAX:
         raise RequestError(f"Could not listen on '{host}' port {port}: the last port is {PORT_MAX}")
-    loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        found = await addresses_of(host, port)
     except OSError as error:
         raise RequestError(f"Could not listen on '{host}': {error.strerror}") from error
     listeners: list[Listener] = []
     try:
-        for family, _, _, _, address in found:
-            port = listeners[0].sock.getsockname()[1] if listeners else port
-            listeners.append(_listen_tcp_address(family, str(address[0]), port))
+        for family, address in found:
+            sock, port = _listen_tcp_address(family, address, port)
+            shown = f"[{address}]" if family == socket.AF_INET6 else address
+            listeners.append(Listener(sock, f"nbd://{shown}:{port}", (address, port)))
     except RequestError:
         for listener in listeners:
-            listener.close()
+            await listener.close()
         raise
     return listeners
 
 
-def _listen_tcp_address(family: int, host: str, port: int) -> Listener:
+def _listen_tcp_address(family: int, host: str, port: int) -> tuple[socket.socket, int]:
+    """Make a socket, and tell its port, which may have been 0."""
     from ipaddress import ip_address  # noqa: PLC0415  # not needed for a start on a unix socket
 
     if not ip_address(host).is_loopback:
@@ -117,11 +82,10 @@ def _listen_tcp_address(family: int, host: str, port: int) -> Listener:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.bind((host, port))
         sock.listen(BACKLOG)
+        return sock, sock.getsockname()[1]
     except OSError as error:
         sock.close()
         raise RequestError(f"Could not listen on '{host}' port {port}: {error.strerror}") from error
-    shown = f"[{host}]" if family == socket.AF_INET6 else host
-    return Listener(sock, f"nbd://{shown}:{sock.getsockname()[1]}")
 
 
 def listen_fd(fd: int) -> Listener:
@@ -137,4 +101,4 @@ def listen_fd(fd: int) -> Listener:
     if not is_listening:
         sock.detach()
         raise RequestError(f"Could not listen on file descriptor {fd}: it is not a listening socket")
-    return Listener(sock, f"fd:{fd}", is_inherited=True)
+    return Listener(sock, f"fd:{fd}", None)

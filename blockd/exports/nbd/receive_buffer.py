@@ -15,8 +15,10 @@ RECEIVE_BUFFER_SIZE = 256 * KIB
 class OwnBuffer:
     """A write that is received apart: where its payload goes, and what is still to come."""
 
-    def __init__(self, request: Request, buffer: bytearray, arrived: memoryview) -> None:
+    def __init__(self, request: Request, buffer: bytearray, arrived: memoryview, held: int) -> None:
         self.request = request
+        # What is reserved for it, in bytes.
+        self.held = held
         self.buffer = buffer
         self.payload = memoryview(buffer)[: request.length]
         self.payload[: len(arrived)] = arrived
@@ -61,11 +63,21 @@ class ReceiveBuffer:
         """Forget all there is."""
         self.start = self.end = 0
 
+    def close(self) -> OwnBuffer | None:
+        """Let go of the memory when the client has left: what is under way for it may take much longer.
+
+        Returns what was being received apart.
+        """
+        self.drop()
+        own, self.own = self.own, None
+        self.data, self.view = bytearray(), memoryview(b"")
+        return own
+
     # -- large payloads -----------------------------------------------------------------------
 
-    def receive_apart(self, request: Request, buffer: bytearray, payload: int) -> None:
+    def receive_apart(self, request: Request, buffer: bytearray, payload: int, held: int) -> None:
         """Receive the payload that begins at position `payload` into `buffer` from here on."""
-        self.own = OwnBuffer(request, buffer, self.view[payload : self.end])
+        self.own = OwnBuffer(request, buffer, self.view[payload : self.end], held)
         self.start = self.end
 
     def take_own(self) -> OwnBuffer | None:

@@ -4,7 +4,7 @@
 proper one out. The reads and writes that need no waiting never get here: see `connection.py`.
 """
 
-import logging
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
@@ -22,8 +22,6 @@ from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import transmission as wire
 from blockd.wire.nbd.transmission import Request, StatusRun
 
-log = logging.getLogger(__name__)
-
 # How many runs one block status carries at most; the client asks on from where they end.
 STATUS_RUN_COUNT_MAX = 4096
 _CACHE_CHUNK = 1 * MIB
@@ -39,6 +37,7 @@ class Refusal(NamedTuple):
 class Command(NamedTuple):
     """What is allowed for one command, and what it does; its result is the reply's data if it has any."""
 
+    name: str
     perform: Callable[[BlockNode, Request, Buffer], Awaitable[Buffer | None]]
     flags: int = 0
     modifies: bool = False
@@ -74,6 +73,14 @@ def _zeroes_fast(node: BlockNode, request: Request) -> bool:
     return node.cluster_size > 1 and is_aligned and not request.flags & nbd.CMD_FLAG_NO_HOLE
 
 
+def described(request: Request) -> str:
+    """Say what a proper request asks for."""
+    command = COMMANDS[request.command]
+    return (
+        f"{command.name} of {request.length} bytes at {request.offset}" if command.has_range else command.name
+    )
+
+
 async def answer(terms: Terms, request: Request, payload: Buffer) -> list[Buffer]:
     """Carry out a proper request and return its reply, in pieces."""
     stats = terms.export.root.stats
@@ -81,17 +88,24 @@ async def answer(terms: Terms, request: Request, payload: Buffer) -> list[Buffer
     started_ns = time.monotonic_ns()
     try:
         reply = await _carried_out(terms, request, payload)
-        stats.last_ns = all_guests.last_ns = time.monotonic_ns()
-        if counter is not None:
-            counter.add(request.length, stats.last_ns - started_ns)
-            if counter is stats.write:
-                stats.note_write(request.offset + request.length)
+        account(stats, request, started_ns)
         return reply
     except BlockdError as error:
         if counter is not None:
             counter.failed += 1
-        log.warning("NBD request failed: export=%s request=%s error=%s", terms.export.name, request, error)
+        export = terms.export
+        export.failures.warn("export '%s': %s failed: %s", export.name, described(request), error)
         return refuse(terms, request, Refusal(nbd_error(error), error.message))
+
+
+def account(stats: DiskStats, request: Request, started_ns: int) -> None:
+    """Count a request that is done."""
+    counter = counter_of(stats, request.command)
+    stats.last_ns = all_guests.last_ns = time.monotonic_ns()
+    if counter is not None:
+        counter.add(request.length, stats.last_ns - started_ns)
+        if counter is stats.write:
+            stats.note_write(request.offset + request.length)
 
 
 def counter_of(stats: DiskStats, command: int) -> Counter | None:
@@ -117,10 +131,11 @@ async def _carried_out(terms: Terms, request: Request, payload: Buffer) -> list[
             if (reason := refusal(terms, request)) is not None:
                 return refuse(terms, request, reason)  # the disk was changed while this one waited
             data = await command.perform(node, request, payload)
-            if request.flags & nbd.CMD_FLAG_FUA and command.modifies:
+            if command.modifies and (request.flags & nbd.CMD_FLAG_FUA or terms.export.writethrough):
                 await node.flush()
-            if request.flags & nbd.CMD_FLAG_FUA or request.command == nbd.CMD_FLUSH:
-                terms.export.root.report_loss()
+            # FUA is about its own request alone: it neither tells of a loss nor counts as told.
+            if request.command == nbd.CMD_FLUSH and terms.export.writable:
+                terms.export.root.lost_writes.report(terms.client)
     if request.command == nbd.CMD_READ:
         return _read_reply(terms, request, data)
     return [wire.pack_simple_reply(request.cookie) if data is None else data]
@@ -198,17 +213,24 @@ async def _status_runs(node: BlockNode, offset: int, end: int, count: int) -> li
             else:
                 runs.append(StatusRun(extent.length, flags))
             offset = extent.end
+        await asyncio.sleep(0)  # a map that is in memory makes nobody wait; others have their turn
     return runs
 
 
 COMMANDS = {
-    nbd.CMD_READ: Command(_read, nbd.CMD_FLAG_DF, length_max=nbd.REQUEST_LENGTH_MAX),
-    nbd.CMD_WRITE: Command(_write, modifies=True, length_max=nbd.REQUEST_LENGTH_MAX, beyond_end=nbd.ENOSPC),
-    nbd.CMD_FLUSH: Command(_flush, has_range=False),
-    nbd.CMD_TRIM: Command(_trim, modifies=True),
-    nbd.CMD_CACHE: Command(_cache, length_max=nbd.REQUEST_LENGTH_MAX),
-    nbd.CMD_WRITE_ZEROES: Command(
-        _write_zeroes, nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO, modifies=True, beyond_end=nbd.ENOSPC
+    nbd.CMD_READ: Command("read", _read, nbd.CMD_FLAG_DF, length_max=nbd.REQUEST_LENGTH_MAX),
+    nbd.CMD_WRITE: Command(
+        "write", _write, modifies=True, length_max=nbd.REQUEST_LENGTH_MAX, beyond_end=nbd.ENOSPC
     ),
-    nbd.CMD_BLOCK_STATUS: Command(_block_status, nbd.CMD_FLAG_REQ_ONE),
+    nbd.CMD_FLUSH: Command("flush", _flush, has_range=False),
+    nbd.CMD_TRIM: Command("trim", _trim, modifies=True),
+    nbd.CMD_CACHE: Command("cache", _cache, length_max=nbd.REQUEST_LENGTH_MAX),
+    nbd.CMD_WRITE_ZEROES: Command(
+        "write zeroes",
+        _write_zeroes,
+        nbd.CMD_FLAG_NO_HOLE | nbd.CMD_FLAG_FAST_ZERO,
+        modifies=True,
+        beyond_end=nbd.ENOSPC,
+    ),
+    nbd.CMD_BLOCK_STATUS: Command("block status", _block_status, nbd.CMD_FLAG_REQ_ONE),
 }

@@ -1,6 +1,7 @@
 """The NBD server: listeners, the table of exports, and the limit on connections."""
 
 import asyncio
+import contextlib
 import logging
 import socket
 from types import TracebackType
@@ -9,15 +10,19 @@ from typing import Self
 from blockd.errors import ErrorKind, RequestError
 from blockd.exports.nbd.connection import Connection
 from blockd.exports.nbd.export import Export
-from blockd.exports.nbd.listeners import Listener, listen_fd, listen_tcp, listen_unix
+from blockd.exports.nbd.listeners import Listener, Place, listen_fd, listen_tcp, listen_unix
 from blockd.exports.nbd.memory import RequestMemory
 from blockd.exports.nbd.polling import POLL_S, Polling
-from blockd.units import KIB
+from blockd.units import KIB, MIB
 from blockd.wire.nbd.constants import NAME_LENGTH_MAX
 
 log = logging.getLogger(__name__)
 
 CONNECTION_COUNT_MAX = 100
+# A client that has left frees its place, though its disk may hang and never answer what is under way. For all
+# such clients so many requests may be under way, each of which may keep a thread, and so much may be held.
+LEFT_REQUEST_COUNT_MAX = 1000
+LEFT_LENGTH_MAX = 64 * MIB
 HAGGLING_LIMIT_S = 10.0
 # When a client cannot be accepted (no file descriptors left, say), trying again at once would spin.
 _ACCEPT_RETRY_S = 1.0
@@ -41,14 +46,21 @@ class NbdServer:
         max_connections: int = CONNECTION_COUNT_MAX,
         haggling_limit_s: float = HAGGLING_LIMIT_S,
         poll_s: float = POLL_S,
+        is_ready: asyncio.Event | None = None,
     ) -> None:
         self.exports: dict[str, Export] = {}
+        self._by_id: dict[str, Export] = {}
         self.max_connections = max_connections
         self._haggling_limit_s = haggling_limit_s
         self._tasks = tasks
-        self._memory = RequestMemory()
+        # Until it is set clients may connect, and wait for the greeting; None: at once.
+        self._is_ready = is_ready
+        self._memory = RequestMemory(max_connections)
         self._polling = Polling(poll_s)
         self._slots = asyncio.Semaphore(max_connections)
+        # Those whose client has left: with a slot still, in that order, and without one.
+        self._leaving: dict[Connection, None] = {}
+        self._left: set[Connection] = set()
         self._listeners: dict[Listener, asyncio.Task[None]] = {}
         self._connections: dict[Connection, asyncio.Task[None]] = {}
         self._accepted_count = 0
@@ -72,15 +84,15 @@ class NbdServer:
         return [listener.address for listener in self._listeners]
 
     @property
-    def sockets(self) -> list[socket.socket]:
-        """The listening sockets that the server has made itself, not those that it inherited."""
-        return [listener.sock for listener in self._listeners if not listener.is_inherited]
+    def places(self) -> list[Place]:
+        """Where the server listens, but for the sockets that it inherited."""
+        return [listener.place for listener in self._listeners if listener.place is not None]
 
     # -- listening ----------------------------------------------------------------------------
 
-    def listen_unix(self, path: str) -> None:
+    async def listen_unix(self, path: str) -> None:
         """Serve clients on a unix socket; raises RequestError as the function of that name."""
-        self._listen(listen_unix(path))
+        self._listen(await listen_unix(path))
 
     async def listen_tcp(self, host: str, port: int) -> None:
         """Serve clients on loopback addresses; port 0 picks a free one (see `addresses`)."""
@@ -96,6 +108,9 @@ class NbdServer:
         log.info("NBD server listens: address=%s", listener.address)
 
     async def _accept_all(self, listener: Listener) -> None:
+        if self._is_ready is not None:
+            # Not accepted yet, they take no slot, and the time that they have to choose does not run.
+            await self._is_ready.wait()
         loop = asyncio.get_running_loop()
         while True:
             try:
@@ -119,15 +134,45 @@ class NbdServer:
     def _connect(self, sock: socket.socket) -> None:
         self._accepted_count += 1
         if sock.family == socket.AF_UNIX:  # the others size themselves
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_SIZE)
-        connection = Connection(self.exports, self._memory, self._polling, str(self._accepted_count))
+            with contextlib.suppress(OSError):  # it is only for speed
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_SIZE)
+        name = str(self._accepted_count)
+        connection = Connection(
+            self.exports, self._memory, self._polling, name, lambda: self._note_left(connection)
+        )
         task = self._tasks.create_task(connection.run(sock, self._haggling_limit_s))
         self._connections[connection] = task
         task.add_done_callback(lambda _: self._forget(connection))
 
+    def _note_left(self, connection: Connection) -> None:
+        """The client of a connection is gone; requests of its may be under way still."""
+        if connection in self._connections:  # else nothing was under way
+            self._leaving[connection] = None
+            self._free_slots()
+
+    def _free_slots(self) -> None:
+        """Let others have the slots of clients that have left, unless too much is under way for such."""
+        if not self._leaving:
+            return
+        request_count = sum(left.request_count for left in self._left)
+        held = sum(left.held for left in self._left)
+        for connection in [*self._leaving]:
+            request_count += connection.request_count
+            held += connection.held
+            if request_count > LEFT_REQUEST_COUNT_MAX or held > LEFT_LENGTH_MAX:
+                return
+            del self._leaving[connection]
+            self._left.add(connection)
+            self._slots.release()
+
     def _forget(self, connection: Connection) -> None:
         del self._connections[connection]
-        self._slots.release()
+        if connection in self._left:
+            self._left.remove(connection)
+        else:
+            self._leaving.pop(connection, None)
+            self._slots.release()
+        self._free_slots()
 
     # -- exports ------------------------------------------------------------------------------
 
@@ -136,7 +181,7 @@ class NbdServer:
 
         Raises:   RequestError: name or id in use, name too long, or writable on a read-only node.
         """
-        if any(export.export_id == other.export_id for other in self.exports.values()):
+        if export.export_id in self._by_id:
             raise RequestError(f"Block export id '{export.export_id}' is already in use")
         if export.name in self.exports:
             raise RequestError(f"NBD server already has export named '{export.name}'")
@@ -145,10 +190,16 @@ class NbdServer:
                 raise RequestError(f"{what} '{text[:40]}…' too long: at most {NAME_LENGTH_MAX} bytes")
         if export.writable and export.root.top.read_only:
             raise RequestError("Cannot export read-only node as writable", kind=ErrorKind.READ_ONLY)
-        self.exports[export.name] = export
+        self.exports[export.name] = self._by_id[export.export_id] = export
 
     async def remove_export(self, export_id: str, force: bool = False) -> None:
-        """Withdraw an export; with `force` its clients are disconnected, otherwise there may be none.
+        """Withdraw an export and wait until its clients are gone; see `withdraw`."""
+        await _all_done(self.withdraw(export_id, force=force))
+
+    def withdraw(self, export_id: str, *, force: bool) -> list[asyncio.Task[None]]:
+        """Offer an export no longer; with `force` its clients are disconnected, otherwise there may be none.
+
+        Tells what has to end until nothing of them is left: requests that are under way are finished.
 
         Raises:   RequestError: no such export, or clients are connected to it and not `force`.
         """
@@ -156,14 +207,13 @@ class NbdServer:
         connections = [connection for connection in self._connections if connection.export is export]
         if connections and not force:
             raise RequestError(f"export '{export_id}' still in use")
-        del self.exports[export.name]
-        await self._disconnect(connections)
+        del self.exports[export.name], self._by_id[export_id]
+        return self._stopped(connections)
 
     def _export(self, export_id: str) -> Export:
-        for export in self.exports.values():
-            if export.export_id == export_id:
-                return export
-        raise RequestError(f"Export '{export_id}' is not found")
+        if export_id not in self._by_id:
+            raise RequestError(f"Export '{export_id}' is not found")
+        return self._by_id[export_id]
 
     async def close(self) -> None:
         """Stop listening and disconnect all clients; on return nothing of them is left. Idempotent."""
@@ -171,12 +221,16 @@ class NbdServer:
         for listener, task in listeners.items():
             task.cancel()
             await asyncio.wait([task])
-            listener.close()
-        await self._disconnect(list(self._connections))
+            await listener.close()
+        await _all_done(self._stopped(list(self._connections)))
 
-    async def _disconnect(self, connections: list[Connection]) -> None:
+    def _stopped(self, connections: list[Connection]) -> list[asyncio.Task[None]]:
         tasks = [self._connections[connection] for connection in connections]
         for connection in connections:
             connection.stop()
-        if tasks:
-            await asyncio.wait(tasks)
+        return tasks
+
+
+async def _all_done(tasks: list[asyncio.Task[None]]) -> None:
+    if tasks:
+        await asyncio.wait(tasks)

@@ -7,19 +7,25 @@ the disk gets them by checkpoints (checkpoint.py), and a page with bits that the
 stays in memory until then.
 """
 
-import asyncio
+import re
+from itertools import islice
 from typing import Final, NamedTuple
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
+from blockd.formats.table_cache import TableCache
 from blockd.units import MIB
 
 PAGE_SIZE: Final = 4096
 # One page covers 2 GiB of 64 KiB clusters, the cache 8 TiB.
 PAGE_CACHE_SIZE_MAX: Final = 16 * MIB
-PAGE_COUNT_MAX = PAGE_CACHE_SIZE_MAX // PAGE_SIZE  # a test makes it smaller
+PAGE_COUNT_MAX: Final = PAGE_CACHE_SIZE_MAX // PAGE_SIZE
 PAGE_BIT_COUNT: Final = PAGE_SIZE * 8
 
+# So many runs are told at once.
+RUN_COUNT_MAX: Final = 512
+
+_ALIKE: Final = re.compile("0+|1+")
 _PAGE_SHIFT: Final = PAGE_BIT_COUNT.bit_length() - 1
 _BYTE_MASK: Final = PAGE_SIZE - 1
 
@@ -43,11 +49,9 @@ class Bitmap:
     def __init__(self, file: ProtocolNode, host_offset: int) -> None:
         self._file = file
         self._host_offset = host_offset
-        self._pages: dict[int, bytearray] = {}
-        self._changed: set[int] = set()
-        # Pages that a checkpoint has taken and not yet written: as good as changed until then.
-        self._leaving: set[int] = set()
-        self._load_lock = asyncio.Lock()
+        self.cache: TableCache[bytearray] = TableCache(PAGE_COUNT_MAX)
+        self._pages = self.cache.tables
+        self._changed = self.cache.changed
 
     # -- looking up ---------------------------------------------------------------------------
 
@@ -55,7 +59,7 @@ class Bitmap:
         """PRESENT or ABSENT if all clusters of a range are, and that is known without waiting; else MIXED."""
         page = self._pages.get(first >> _PAGE_SHIFT)
         if page is None:
-            page = self._page_nowait(first >> _PAGE_SHIFT)
+            page = self.page_nowait(first >> _PAGE_SHIFT)
             if page is None:
                 return MIXED
         count = end - first
@@ -81,42 +85,39 @@ class Bitmap:
         other &= (1 << (end - first)) - 1
         return state, first + (other & -other).bit_length() - 1 if other else end
 
-    def _page_nowait(self, number: int) -> bytearray | None:
-        if self._load_lock.locked():
-            return None
+    async def runs(self, first: int, end: int) -> list[tuple[int, int]]:
+        """PRESENT or ABSENT by turns, and up to where each holds, from `first` on.
+
+        May stop before the end: after a page, or many runs.
+        """
+        page = await self.page(first >> _PAGE_SHIFT)
+        end = min(end, page_end(first))
+        low = first >> 3 & _BYTE_MASK
+        high = (end - 1 >> 3 & _BYTE_MASK) + 1
+        bits = int.from_bytes(page[low:high], "little") >> (first & 7)
+        digits = format(bits, f"0{end - first}b")[::-1]  # the least significant one is the first cluster
+        found = islice(_ALIKE.finditer(digits, 0, end - first), RUN_COUNT_MAX)
+        return [(PRESENT if digits[run.start()] == "1" else ABSENT, first + run.end()) for run in found]
+
+    def page_nowait(self, number: int) -> bytearray | None:
+        """A page if it is in memory, or in the page cache."""
+        return self.cache.load_nowait(number, lambda: self._read_nowait(number))
+
+    def _read_nowait(self, number: int) -> bytearray | None:
         data = self._file.read_nowait(self._host_offset + number * PAGE_SIZE, PAGE_SIZE)
-        return None if data is None else self._insert(number, bytearray(data))
+        return None if data is None else bytearray(data)
 
     async def page(self, number: int) -> bytearray:
         """A page, read if need be.
 
-        Needs:    what is done with it is done before anything is waited for: it may be evicted otherwise.
-        Locks:    one page is read at a time, so that a slow reader never brings back old bits.
+        Needs:    what is done with it is done before anything else is waited for: it may be evicted then.
         """
         page = self._pages.get(number)
-        if page is not None:
-            return page
-        async with self._load_lock:
-            page = self._pages.get(number)
-            if page is None:
-                self._file.announce(FileEvent.L2_LOAD)
-                data = await self._file.read(self._host_offset + number * PAGE_SIZE, PAGE_SIZE)
-                page = self._insert(number, bytearray(data))
-            return page
+        return await self.cache.load(number, lambda: self._read(number)) if page is None else page
 
-    def _insert(self, number: int, page: bytearray) -> bytearray:
-        if len(self._pages) >= PAGE_COUNT_MAX:
-            kept = self._changed | self._leaving if self._leaving else self._changed
-            oldest = next((loaded for loaded in self._pages if loaded not in kept), None)
-            if oldest is not None:
-                del self._pages[oldest]
-        self._pages[number] = page
-        return page
-
-    @property
-    def is_under_pressure(self) -> bool:
-        """Whether so many pages wait for a checkpoint that one should come now."""
-        return len(self._changed) * 2 > PAGE_COUNT_MAX
+    async def _read(self, number: int) -> bytearray:
+        self._file.announce(FileEvent.L2_LOAD)
+        return bytearray(await self._file.read(self._host_offset + number * PAGE_SIZE, PAGE_SIZE))
 
     # -- changing -----------------------------------------------------------------------------
 
@@ -147,21 +148,18 @@ class Bitmap:
 
     def take_changes(self) -> list[PageWrite]:
         """Hand out every page with bits that the disk does not have, and count them as written."""
-        numbers, self._changed = sorted(self._changed), set()
-        self._leaving.update(numbers)
         return [
             PageWrite(number, self._host_offset + number * PAGE_SIZE, bytes(self._pages[number]))
-            for number in numbers
+            for number in self.cache.take_changed()
         ]
 
     def changes_written(self, writes: list[PageWrite]) -> None:
         """The disk has these pages now."""
-        self._leaving.difference_update(write.number for write in writes)
+        self.cache.write_succeeded(write.number for write in writes)
 
     def changes_failed(self, writes: list[PageWrite]) -> None:
         """The disk may or may not have these pages: they have to be written again."""
-        self.changes_written(writes)
-        self._changed.update(write.number for write in writes)
+        self.cache.write_failed([write.number for write in writes])
 
 
 def page_end(cluster: int) -> int:

@@ -31,12 +31,12 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from blockd.errors import ImageError, RequestError
+from blockd.filenames import RECORDED_LENGTH_MAX, pack_recorded, parse_recorded
 from blockd.units import SECTOR_SIZE
 
 MAGIC = b"ACOW"
 CLUSTER_BITS_MIN, CLUSTER_BITS_MAX = 12, 21
 HEADER_SIZE_MIN = 4096
-NAME_LENGTH_MAX = 1023
 FORMAT_LENGTH_MAX = 16
 ALL_ALLOCATED = 1 << 0
 # The one format of images that has no backing files of its own.
@@ -44,8 +44,8 @@ IMAGE_FORMAT = "raw"
 
 _FIELDS = struct.Struct("<4s5I2QI16s16s")
 # Where names are put: two places for the backing file's, which take turns, and one for the image's.
-_BACKING_PLACES = (_FIELDS.size, _FIELDS.size + NAME_LENGTH_MAX)
-_IMAGE_PLACE = _FIELDS.size + 2 * NAME_LENGTH_MAX
+_BACKING_PLACES = (_FIELDS.size, _FIELDS.size + RECORDED_LENGTH_MAX)
+_IMAGE_PLACE = _FIELDS.size + 2 * RECORDED_LENGTH_MAX
 
 
 class Name(NamedTuple):
@@ -135,11 +135,13 @@ def parse(data: bytes, name: str) -> Header:
 def _parse_name(data: bytes, offset: int, length: int, name: str, what: str) -> Name | None:
     if not offset:
         return None
-    if not 0 < length <= NAME_LENGTH_MAX:
-        raise ImageError(f"'{name}': the {what} file name is {length} bytes long, not 1 to {NAME_LENGTH_MAX}")
+    if not 0 < length <= RECORDED_LENGTH_MAX:
+        raise ImageError(
+            f"'{name}': the {what} file name is {length} bytes long, not 1 to {RECORDED_LENGTH_MAX}"
+        )
     if offset < _FIELDS.size or offset + length > len(data):
         raise ImageError(f"'{name}': the {what} file name at {offset} is outside the header")
-    text = data[offset : offset + length].decode("utf-8", "surrogateescape")
+    text = parse_recorded(data[offset : offset + length])
     if "\0" in text:
         raise ImageError(f"'{name}': the {what} file name has a NUL character in it")
     return Name(text, offset)
@@ -164,7 +166,7 @@ def new_header(
     """
     image = Name(image_filename, _IMAGE_PLACE)
     header = Header(cluster_bits, image, None, None)
-    _check_name(image.text, "image")
+    pack_recorded(image.text, "image file")
     return header if backing_filename is None else with_backing(header, backing_filename, backing_format)
 
 
@@ -176,7 +178,7 @@ def with_backing(header: Header, filename: str | None, backing_format: str | Non
     if filename is None:
         compatible = header.compatible | ALL_ALLOCATED
         return replace(header, backing=None, backing_format=None, compatible=compatible)
-    _check_name(filename, "backing")
+    pack_recorded(filename)
     if len((backing_format or "").encode()) > FORMAT_LENGTH_MAX:
         raise RequestError(f"The backing format '{backing_format}' is longer than {FORMAT_LENGTH_MAX} bytes")
     if filename == header.image.text:
@@ -187,13 +189,6 @@ def with_backing(header: Header, filename: str | None, backing_format: str | Non
         if name.end <= header.size and not any(name.overlaps(other) for other in used):
             return replace(header, backing=name, backing_format=backing_format)
     raise RequestError(f"There is no room in the header for the backing file name '{filename}'")
-
-
-def _check_name(text: str, what: str) -> None:
-    if not text or len(_encoded(text)) > NAME_LENGTH_MAX or "\0" in text:
-        raise RequestError(
-            f"The {what} file name must have 1 to {NAME_LENGTH_MAX} bytes and no NUL character"
-        )
 
 
 def pack_first_sector(header: Header, current: bytes) -> bytes:

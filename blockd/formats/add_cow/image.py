@@ -5,14 +5,16 @@ backing. When all clusters are in it (ALL_ALLOCATED, recorded durably) bitmap an
 looked at: the node is then the plain image under another name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
+from blockd.aio import uninterrupted
+from blockd.block.chain import with_layers_below
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
-from blockd.block.segments import read_segments, zeroes
+from blockd.block.segments import SourcePlan, read_segments, zeroes
 from blockd.errors import ErrorKind, RequestError
-from blockd.extents import Extent, Kind
+from blockd.extents import Extent, Kind, Range, merged
 from blockd.formats.add_cow import header as headers
 from blockd.formats.add_cow.bitmap import ABSENT, MIXED, PRESENT
 from blockd.formats.add_cow.fill import fill
@@ -20,6 +22,7 @@ from blockd.formats.add_cow.header import Header
 from blockd.formats.add_cow.metadata import Metadata
 from blockd.formats.add_cow.resize import grow
 from blockd.formats.add_cow.writes import GuestWrites
+from blockd.formats.early_read import read_early
 from blockd.formats.raw.image import RawImage
 
 
@@ -119,10 +122,17 @@ class AddCowImage(OverlayNode):
         return Kind.UNALLOCATED if state == ABSENT else None
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        state, length = await self.run(offset, length)
-        if state == PRESENT:
+        if self.is_complete:
             return await self.image.map(offset, length)
-        return [Extent(offset, length, Kind.UNALLOCATED)]
+        bits, end = self._cluster_bits, offset + length
+        own: list[Extent] = []
+        for state, run_end in await self._bitmap.runs(offset >> bits, (end - 1 >> bits) + 1):
+            next_offset = min(run_end << bits, end)
+            # What is present the image knows more about: as a layer below does about what another one lacks.
+            kind = Kind.UNALLOCATED if state == PRESENT else Kind.DATA
+            own.append(Extent(offset, next_offset - offset, kind))
+            offset = next_offset
+        return list(merged(await with_layers_below(own, self.image, None, Kind.UNALLOCATED)))
 
     # -- reading ------------------------------------------------------------------------------
 
@@ -151,21 +161,21 @@ class AddCowImage(OverlayNode):
         segments: list[Segment] = []
         end = offset + length
         while offset < end:
+            backing = self.backing
             state, count = await self.run(offset, end - offset)
+            if self.backing is not backing:
+                continue  # what the bits have told is true of the one before: look again
             if state == PRESENT:
                 segments += await self.image.plan_read(offset, count)
             else:
-                segments += await self._plan_absent(offset, count)
+                segments += await self.plan_backing_read(offset, count)
             offset += count
         return segments
 
-    async def _plan_absent(self, offset: int, length: int) -> list[Segment]:
-        stored = self.backing_length(offset, length)
-        if not stored or self.backing is None:
-            return [Segment(length, None, 0)]
-        self.file.announce(FileEvent.READ_BACKING_AIO)
-        below = await self.backing.plan_read(offset, stored)
-        return below if stored == length else [*below, Segment(length - stored, None, 0)]
+    async def plan_backing_read(self, offset: int, length: int) -> list[Segment]:
+        if self.backing_length(offset, length):
+            self.file.announce(FileEvent.READ_BACKING_AIO)
+        return await super().plan_backing_read(offset, length)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -196,15 +206,22 @@ class AddCowImage(OverlayNode):
 
     async def fill(
         self,
-        offset: int,
-        length: int,
-        source: list[Segment],
+        ranges: Sequence[Range],
+        source: SourcePlan,
         is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
         self._require_writable()
-        return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
+        return await fill(self, ranges, source, is_wanted, keep_cached=keep_cached)
+
+    async def require_recordable(self, filename: str | None, backing_format: str | None) -> None:
+        if filename is None and backing_format is not None:
+            raise RequestError(
+                f"'{self.filename}' has to record the backing file that it keeps: an add-cow image "
+                "without one is complete"
+            )
+        headers.with_backing(self.metadata.header, filename, backing_format)
 
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         """As `OverlayNode.change_backing`; without a backing the image alone is the disk from then on.
@@ -218,6 +235,10 @@ class AddCowImage(OverlayNode):
             return
         if filename is None:
             await self._writes.punch_absent()
+        await self._record_backing(filename, backing_format)
+
+    @uninterrupted
+    async def _record_backing(self, filename: str | None, backing_format: str | None) -> None:
         await self.metadata.change_backing(filename, backing_format)
         self._use(self.metadata.header)
         self._settle()
@@ -234,6 +255,7 @@ class AddCowImage(OverlayNode):
             self.attach(self.image)
         self.read_only = read_only
 
+    @uninterrupted
     async def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
@@ -262,5 +284,5 @@ async def read_header(file: ProtocolNode) -> Header:
 
     Raises:   ImageError: it is none, or a field is wrong or not supported.
     """
-    first = await file.read(0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
+    first = await read_early(file, 0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
     return headers.parse(bytes(first), file.filename)

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from blockd.aio import Coalesced, in_thread
+from blockd.aio import Coalesced, in_thread, uninterrupted
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError
 from blockd.formats.add_cow import checkpoint
@@ -45,13 +45,14 @@ class Metadata:
 
     async def relieve(self) -> None:
         """Make a checkpoint when too much waits for one; call before adding to what waits."""
-        if self.bitmap.is_under_pressure:
+        if self.bitmap.cache.is_under_pressure:
             await self.flush()
 
     async def _flush(self) -> None:
         async with self.lock:
             await self.checkpoint_locked()
 
+    @uninterrupted
     async def checkpoint_locked(self) -> None:
         """Write all changes in order.
 
@@ -70,6 +71,7 @@ class Metadata:
 
     # -- changing the header ------------------------------------------------------------------
 
+    @uninterrupted
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         """Make everything durable, then record another backing file, or that all is in the image, durably."""
         async with self.lock:

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from blockd.aio import uninterrupted
 from blockd.errors import RequestError
 from blockd.formats.add_cow.bitmap import ABSENT
 from blockd.units import SECTOR_SIZE, align_down, align_up
@@ -26,13 +27,19 @@ async def grow(overlay: "AddCowImage", size: int) -> None:
     if not overlay.is_complete:
         await overlay.metadata.grow_bitmap(size)
         await _cover_backing(overlay, size)
+    await _set_size(overlay, size)
+
+
+@uninterrupted
+async def _set_size(overlay: "AddCowImage", size: int) -> None:
     await overlay.metadata.set_size(size)
     overlay.size = overlay.image.size = size
 
 
 async def _cover_backing(overlay: "AddCowImage", size: int) -> None:
     """Bring the clusters into the image in which the backing has anything behind the old end."""
-    if overlay.backing is None or overlay.backing.size <= overlay.size or size == overlay.size:
+    backed_end = overlay.backed_end(size)
+    if backed_end <= overlay.size:
         return
     last = align_down(overlay.size, overlay.cluster_size)
     if last < overlay.size:
@@ -40,6 +47,6 @@ async def _cover_backing(overlay: "AddCowImage", size: int) -> None:
         if state == ABSENT:
             await overlay.write(last, await overlay.read(last, overlay.size - last))
     first = align_up(overlay.size, overlay.cluster_size)
-    end = align_up(min(size, overlay.backing.size), overlay.cluster_size)
+    end = align_up(backed_end, overlay.cluster_size)
     if first < end:
         await overlay.metadata.bitmap.set(first // overlay.cluster_size, end // overlay.cluster_size)

@@ -56,7 +56,7 @@ class GuestWrites:
         number = start >> self._cluster_bits
         if offset + len(data) > end or self._bitmap.state_nowait(number, number + 1) != ABSENT:
             return False
-        if self._bitmap.is_under_pressure or self.ranges.overlaps(start, end):
+        if self._bitmap.cache.is_under_pressure or self.ranges.overlaps(start, end):
             return False
         content = self._merged_nowait(start, end, offset, data)
         if content is None or not self._image.write_nowait(start, content):
@@ -156,7 +156,7 @@ class GuestWrites:
         if start < end:
             if (await self._run(start, end))[0] == PRESENT:
                 await self._image.write_zeroes(start, end - start, unmap=unmap)
-            elif self._overlay.backing_length(start, end - start):
+            elif self._overlay.is_backed:
                 await self.write(start, memoryview(zeroes(end - start)))
 
     async def _discard_part(self, start: int, end: int) -> None:

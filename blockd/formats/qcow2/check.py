@@ -16,7 +16,10 @@ The numbers in the report mean what `qemu-img check` means by them.
 Source:   qcow2 specification, "Host cluster management" and "Cluster mapping".
 """
 
+import re
+import time
 from array import array
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -25,6 +28,7 @@ from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError
 from blockd.formats.check_report import CheckReport
 from blockd.formats.qcow2 import header as qcow2_header
+from blockd.formats.qcow2.check_plain import PlainTables
 from blockd.formats.qcow2.check_refcounts import Refcounts
 from blockd.formats.qcow2.check_tables import (
     Directory,
@@ -42,11 +46,14 @@ from blockd.units import SECTOR_SIZE
 
 # This many are 4 TiB of 64 KiB clusters.
 HOST_CLUSTER_COUNT_MAX = 1 << 26
+# How long a thread works before a check may be cancelled.
+STEPS_TIME_S = 0.02
 
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
 _ZERO = 1
+_SET = re.compile(rb"[^\x00]")
 _L1_RESERVED = 0x7F00_0000_0000_01FF
 _L2_RESERVED = 0x3F00_0000_0000_01FE
 _L2 = "L2 table"
@@ -90,6 +97,7 @@ class Census:
         )
         self.findings = Findings(self.report)
         self.has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
+        self._plain_tables = PlainTables(header.cluster_bits)
         budget = CountsBudget(file.filename)
         self.refcounts = Refcounts(file, header, self.findings, budget)
         # How often each L2 table is used: by the disk as it is now, and by snapshots.
@@ -101,7 +109,7 @@ class Census:
         """Count everything; raises what `check` raises."""
         census = cls(file, await in_thread(_read_checked_header, file))
         steps = census._steps()
-        while await in_thread(next, steps, False):
+        while await in_thread(_make_steps, steps):
             pass
         return census
 
@@ -137,9 +145,16 @@ class Census:
         for clusters in self.active_tables.ranges_with(self.snapshot_tables):
             active = self.active_tables.get(clusters.start, len(clusters))
             inactive = self.snapshot_tables.get(clusters.start, len(clusters))
-            for cluster, of_active, of_inactive in zip(clusters, active, inactive, strict=True):
-                if of_active or of_inactive:
-                    yield cluster << self.header.cluster_bits, Uses(of_active + of_inactive, of_active)
+            # Tables are few among clusters, so they are not looked for one by one.
+            found = {
+                match.start() // counts.itemsize
+                for counts in (active, inactive)
+                for match in _SET.finditer(counts.tobytes())
+            }
+            for number in sorted(found):
+                of_active = active[number]
+                uses = Uses(of_active + inactive[number], of_active)
+                yield clusters[number] << self.header.cluster_bits, uses
 
     # -- L1 tables and directories ----------------------------------------------------------------
 
@@ -204,6 +219,8 @@ class Census:
     def _count_l2(self, l2_offset: int, uses: Uses) -> None:
         """Count what an L2 table refers to."""
         entries = read_entries(self.file, l2_offset, self.header.cluster_size // 8)
+        if self._count_plain_l2(entries, uses):
+            return
         bitmaps = None
         if self.header.has_extended_l2:
             entries, bitmaps = entries[::2], entries[1::2]
@@ -223,6 +240,50 @@ class Census:
                     self.report.fragmented_clusters += 0 if is_next else uses.active
                     contiguous = (entry & OFFSET_MASK) + count * self.header.cluster_size
             index += count
+
+    def _count_plain_l2(self, entries: "array[int]", uses: Uses) -> bool:
+        """Count a table that names whole clusters with one user each, or compressed; False: it does not."""
+        header, refcounts = self.header, self.refcounts
+        if header.has_extended_l2 or self.has_data_file or header.version < qcow2_header.ZERO_VERSION:
+            return False
+        plain, compressed = self._plain_tables.without_compressed(entries)
+        runs = self._plain_tables.runs(plain, are_copied=bool(uses.active))
+        hosts = self._hosts_of(compressed)
+        if runs is None or hosts is None:
+            return False
+        for first, count in runs:
+            is_inside = first > 0 and first + count <= refcounts.count
+            if not is_inside or (uses.active and not refcounts.stored.are_all(first, count, 1)):
+                return False
+        for first, count in runs:
+            refcounts.references.add_range(first, count, uses.total)
+        for cluster, count in hosts.items():
+            refcounts.references.add(cluster, count * uses.total)
+        self.report.allocated_clusters += uses.active * (sum(count for _, count in runs) + len(compressed))
+        self.report.compressed_clusters += uses.active * len(compressed)
+        self.report.fragmented_clusters += uses.active * (max(len(runs) - 1, 0) + len(compressed))
+        return True
+
+    def _hosts_of(self, compressed: list[int]) -> Counter[int] | None:
+        """How many compressed clusters are in each cluster of the file; None: one of them cannot be."""
+        if not compressed:
+            return Counter()
+        if any(map(COPIED.__and__, compressed)):
+            return None
+        bits, offset_bits = self.header.cluster_bits, 62 - (self.header.cluster_bits - 8)
+        mask, sectors = (1 << offset_bits) - 1, COMPRESSED - 1
+        firsts = [(entry & mask) >> bits for entry in compressed]
+        lasts = [
+            (entry & mask | SECTOR_SIZE - 1) + ((entry & sectors) >> offset_bits) * SECTOR_SIZE >> bits
+            for entry in compressed
+        ]
+        if max(lasts) >= self.refcounts.count:
+            return None
+        hosts = Counter(firsts)
+        for first, last in zip(firsts, lasts, strict=True):
+            if first != last:
+                hosts.update(range(first + 1, last + 1))
+        return hosts
 
     def _run_length(self, entries: "array[int]", index: int) -> int:
         """How many entries from `index` on name clusters that are neighbours, and are alike otherwise."""
@@ -291,6 +352,15 @@ class Census:
             wrong = f"subclusters {bitmap:#x} are both allocated and zero"
         if wrong:
             self.findings.wrong(_L2, entry_offset, wrong)
+
+
+def _make_steps(steps: Iterator[bool]) -> bool:
+    """Make steps for some time, or to the end; a thread of its own for each would cost more than it does."""
+    end = time.monotonic() + STEPS_TIME_S
+    while time.monotonic() < end:
+        if not next(steps, False):
+            return False
+    return True
 
 
 def _read_checked_header(file: ProtocolNode) -> Header:

@@ -36,6 +36,8 @@ class Refcounts:
         self.blocks = array("Q")
         # Whether table and blocks can only be made anew.
         self.needs_rebuild = False
+        # Clusters behind the end of the file have refcounts: a killed writer counted what it did not write.
+        self.counts_past_end = False
 
     def stored_for(self, offset: int) -> int:
         """The stored refcount of the cluster at `offset`, which is inside the file."""
@@ -139,12 +141,13 @@ class Refcounts:
         return block
 
     def _load_block(self, offset: int, first_cluster: int) -> None:
-        count = min(self.span, self.count - first_cluster)
-        if count > 0:
-            block = bytearray(-(-count << self._header.refcount_order >> 3))
-            self._file.readinto_blocking(offset, memoryview(block))
-            if any(block):
-                self.stored.put(first_cluster, unpack_refcounts(block, self._header.refcount_order)[:count])
+        count = max(0, min(self.span, self.count - first_cluster))
+        block = bytearray(self._header.cluster_size)
+        self._file.readinto_blocking(offset, memoryview(block))
+        if any(block):
+            refcounts = unpack_refcounts(block, self._header.refcount_order)
+            self.counts_past_end |= any(refcounts[count:])
+            self.stored.put(first_cluster, refcounts[:count])
 
     # -- the refcounts' own clusters ------------------------------------------------------------------
 

@@ -11,13 +11,16 @@ again gets its refcount by step 1 before a map names it. A crash between any two
 of before or of after, and leaked clusters at worst.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
-from blockd.formats.qcow2.allocator import RefcountChanges, Run
+from blockd.errors import StorageError
 from blockd.formats.qcow2.header import L1_FIELDS, REFCOUNT_TABLE_FIELDS
 from blockd.formats.qcow2.mapping import MappingChanges, TableWrite
+from blockd.formats.qcow2.refcount_changes import RefcountChanges
+from blockd.formats.qcow2.runs import Run
 from blockd.units import SECTOR_SIZE
 
 
@@ -52,6 +55,13 @@ def write_checkpoint(file: ProtocolNode, refcounts: RefcountChanges, maps: Mappi
         file.sync_blocking()
 
 
+def lengthen(file: ProtocolNode, offset: int, length: int) -> None:
+    """Let the file reach the end of a range, durably, whatever is written there meanwhile; best effort."""
+    with contextlib.suppress(StorageError):
+        file.allocate_blocking(offset, length)
+    file.sync_blocking()
+
+
 def punch(file: ProtocolNode, runs: Iterable[Run], cluster_size: int) -> None:
     """Give the space of free clusters back to the filesystem."""
     for run in runs:
@@ -78,6 +88,12 @@ def write_header_field(file: ProtocolNode, field_offset: int, field: bytes) -> N
     """Change a header field that lies within one sector, durably."""
     file.write_blocking(field_offset, field)
     file.sync_blocking()
+
+
+def write_last_field(file: ProtocolNode, field_offset: int, field: bytes) -> None:
+    """Change a header field, durably, that tells of all that was written before."""
+    file.sync_blocking()
+    write_header_field(file, field_offset, field)
 
 
 def write_header_change(file: ProtocolNode, prepared: bytes, final: bytes) -> None:

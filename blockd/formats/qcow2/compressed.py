@@ -19,14 +19,15 @@ _ZSTD_WINDOW_SIZE_MAX = 8 * MIB
 
 
 class CompressedCluster(BlockingSource):
-    """The content of one compressed cluster."""
+    """The content of one compressed cluster: there are as many as a plan has such clusters."""
+
+    __slots__ = ("_file", "_header", "_host_offset", "_length")
 
     def __init__(self, file: ProtocolNode, host_offset: int, length: int, header: Header) -> None:
         self._file = file
-        self._decompress = _unzstd if header.compression_type == COMPRESSION_ZSTD else _inflate
         self._host_offset = host_offset
         self._length = length
-        self._cluster_size = header.cluster_size
+        self._header = header
 
     def readinto_blocking(self, offset: int, buffer: memoryview) -> None:
         stored = bytearray(self._length)
@@ -35,11 +36,13 @@ class CompressedCluster(BlockingSource):
         buffer[:] = content[offset : offset + len(buffer)]
 
     def _decompressed(self, stored: bytearray) -> bytes:
+        header = self._header
+        decompress = _unzstd if header.compression_type == COMPRESSION_ZSTD else _inflate
         try:
-            content = self._decompress(stored, self._cluster_size)
+            content = decompress(stored, header.cluster_size)
         except ValueError as error:
             raise self._corrupt(str(error)) from error
-        if len(content) != self._cluster_size:
+        if len(content) != header.cluster_size:
             raise self._corrupt(f"only {len(content)} bytes")
         return content
 

@@ -268,8 +268,8 @@ def _preallocate(
     if was_used:
         file.punch_hole_blocking(start, end - start)
     yield True
-    if options.preallocation == "falloc":
-        file.allocate_blocking(start, end - start)
+    if options.preallocation == "falloc" and not file.allocate_blocking(start, end - start):
+        yield from _write_zeroes(file, start, end - start)
 
 
 def _write_zeroes(file: ProtocolNode, offset: int, length: int) -> Iterator[bool]:

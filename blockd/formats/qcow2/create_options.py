@@ -111,8 +111,6 @@ class CreateOptions:
             raise RequestError(
                 f"The backing file '{filename}' needs its format with it, for example 'qcow2' or 'raw'"
             )
-        if "\0" in filename:
-            raise RequestError("The backing file name has a NUL character in it")
         if self.preallocation != "off" and not self.extended_l2:
             raise RequestError(
                 "Backing file and preallocation can only be used at the same time if extended_l2 is on"

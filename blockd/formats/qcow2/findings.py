@@ -1,12 +1,15 @@
 """What a check finds in a qcow2 image, and whether a repair could mend it without losing data."""
 
-from blockd.formats.check_report import CheckReport
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from blockd.formats.check_report import CheckReport
 
 
 class Findings:
     """Takes what is found into a report; remembers what stands in the way of a repair."""
 
-    def __init__(self, report: CheckReport) -> None:
+    def __init__(self, report: "CheckReport") -> None:
         self.report = report
         # The first thing that no repair can mend.
         self.obstacle: str | None = None

@@ -21,6 +21,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from blockd.errors import ImageError, RequestError
+from blockd.filenames import RECORDED_LENGTH_MAX, pack_recorded, parse_recorded
 from blockd.units import MIB, SECTOR_SIZE, align_up
 
 MAGIC = b"QFI\xfb"
@@ -30,7 +31,7 @@ L1_SIZE_MAX = 32 * MIB
 L2_TABLE_COUNT_MAX = 1 << 20
 REFCOUNT_TABLE_SIZE_MAX = 8 * MIB
 REFCOUNT_ORDER_MAX = 6
-BACKING_FILENAME_LENGTH_MAX = 1023
+OFFSET_MAX = (1 << 63) - 1
 HEADER_EXTENSION_COUNT_MAX = 64
 
 # The first version whose map can say that a cluster is zeroes.
@@ -52,6 +53,9 @@ COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
 
 AUTOCLEAR_BITMAPS = 1 << 0
 AUTOCLEAR_DATA_FILE_RAW = 1 << 1
+# Our own, far from those that the specification gives out: the image has been written to and not been closed,
+# so that clusters may be leaked. Any other program that writes to it clears the bit, as it does not know it.
+AUTOCLEAR_IN_USE = 1 << 63
 
 COMPRESSION_TYPES = ("zlib", "zstd")
 COMPRESSION_ZSTD = COMPRESSION_TYPES.index("zstd")
@@ -158,6 +162,14 @@ def compression_name(compression_type: int) -> str:
 # -- parsing ----------------------------------------------------------------------------------
 
 
+def cluster_size_of(data: bytes) -> int:
+    """What the start of an image says of the size of its clusters, in bytes; 0: nothing that could be."""
+    if len(data) < _V2.size:
+        return 0
+    cluster_bits: int = _V2.unpack_from(data)[4]
+    return 1 << cluster_bits if cluster_bits <= CLUSTER_BITS_MAX else 0
+
+
 def parse(data: bytes, name: str, *, supported_only: bool = True) -> Header:
     """Parse the start of an image: its first cluster, or the whole file when it is smaller.
 
@@ -225,18 +237,21 @@ def _with_version_3_fields(header: Header, data: bytes, name: str) -> Header:
 
 
 def _parse_extensions(data: bytes, header: Header, backing_offset: int, name: str) -> tuple[Extension, ...]:
-    """Read the extension list, which ends at its end mark, the backing name or the cluster's end."""
-    end = min(len(data), header.cluster_size, backing_offset or header.cluster_size)
+    """Read the extension list, which ends at its end mark, the backing name or the cluster's end.
+
+    An extension that the backing name cuts off is refused, as QEMU does, be it the end mark.
+    """
+    end = backing_offset or header.cluster_size
     offset = header.header_length
     found: list[Extension] = []
-    while offset + 8 <= end:
-        kind, length = struct.unpack_from(">II", data, offset)
-        if kind == EXTENSION_END:
-            break
+    while offset < end:
+        kind, length = struct.unpack(">II", data[offset : offset + 8].ljust(8, b"\0"))
         if length > end - offset - 8:
             raise ImageError(
                 f"'{name}': header extension 0x{kind:08x} of {length} bytes runs past the header"
             )
+        if kind == EXTENSION_END:
+            break
         if len(found) == HEADER_EXTENSION_COUNT_MAX:
             raise ImageError(f"'{name}': more than {HEADER_EXTENSION_COUNT_MAX} header extensions")
         found.append(Extension(kind, data[offset + 8 : offset + 8 + length]))
@@ -247,11 +262,11 @@ def _parse_extensions(data: bytes, header: Header, backing_offset: int, name: st
 def _parse_backing(data: bytes, header: Header, offset: int, length: int, name: str) -> str | None:
     if not offset:
         return None
-    if length > BACKING_FILENAME_LENGTH_MAX:
+    if length > RECORDED_LENGTH_MAX:
         raise ImageError(f"'{name}': the backing file name is {length} bytes long, more than 1023")
     if offset < header.header_length or offset + length > min(len(data), header.cluster_size):
         raise ImageError(f"'{name}': the backing file name at {offset} is outside the header cluster")
-    return data[offset : offset + length].decode("utf-8", "surrogateescape") or None
+    return parse_recorded(data[offset : offset + length]) or None
 
 
 def _check_bounds(header: Header, name: str) -> None:
@@ -274,7 +289,9 @@ def _check_bounds(header: Header, name: str) -> None:
         ("refcount table", header.refcount_table_offset, True),
         ("snapshot table", header.snapshots_offset, header.snapshot_count > 0),
     ):
-        if offset % header.cluster_size and (needed or field != "snapshot table"):
+        if offset > OFFSET_MAX:
+            raise ImageError(f"'{name}': the {field} offset {offset:#x} is beyond the end of any file")
+        if offset % header.cluster_size:
             raise ImageError(f"'{name}': the {field} offset {offset:#x} is not cluster aligned")
         if needed and offset < header.cluster_size:
             raise ImageError(f"'{name}': the {field} offset {offset:#x} overlaps the header")
@@ -310,7 +327,7 @@ def pack(header: Header) -> bytes:
     Raises:   RequestError: the backing file name does not fit.
     """
     area = _pack_fields(header, 0, 0) + _pack_extensions(header.extensions)
-    name = _encoded_name(header.backing_filename)
+    name = _packed_name(header.backing_filename)
     if len(area) + len(name) > header.cluster_size:
         raise RequestError(f"The backing file name is too long for clusters of {header.cluster_size} bytes")
     offset = len(area) if name else 0
@@ -353,11 +370,8 @@ def _pack_extensions(extensions: tuple[Extension, ...]) -> bytes:
     return b"".join(parts) + struct.pack(">II", EXTENSION_END, 0)
 
 
-def _encoded_name(filename: str | None) -> bytes:
-    name = (filename or "").encode("utf-8", "surrogateescape")
-    if len(name) > BACKING_FILENAME_LENGTH_MAX:
-        raise RequestError(f"The backing file name is {len(name)} bytes long, more than 1023")
-    return name
+def _packed_name(filename: str | None) -> bytes:
+    return pack_recorded(filename) if filename else b""
 
 
 # -- another backing file -----------------------------------------------------------------------
@@ -383,7 +397,7 @@ def change_backing(
     Raises:   RequestError: the name does not fit into the header cluster.
     """
     extensions = _changed_extensions(header, backing_format if filename else None)
-    name = _encoded_name(filename)
+    name = _packed_name(filename)
     length = header.header_length + len(_pack_extensions(extensions))
     offset = _place_name(current, header, length, len(name)) if name else 0
     new = replace(header, extensions=extensions, backing_filename=filename or None)

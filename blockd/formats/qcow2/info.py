@@ -14,7 +14,7 @@ Source:   qcow2 specification, "Snapshots" and "Bitmaps".
 
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
@@ -35,8 +35,7 @@ _NS = 10**9
 _NO_ICOUNT = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """An internal snapshot."""
 
     id: str
@@ -62,8 +61,7 @@ class Snapshot:
         return told if self.icount is None else {**told, "icount": self.icount}
 
 
-@dataclass(frozen=True)
-class Bitmap:
+class Bitmap(NamedTuple):
     """A persistent dirty bitmap."""
 
     name: str
@@ -75,8 +73,7 @@ class Bitmap:
         return {"name": self.name, "granularity": self.granularity, "flags": list(self.flags)}
 
 
-@dataclass(frozen=True)
-class Qcow2Info:
+class Qcow2Info(NamedTuple):
     """All of it."""
 
     header: Header

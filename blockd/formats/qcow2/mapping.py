@@ -18,7 +18,6 @@ changes with `take_changes`. A changed table stays in memory until it has been w
 Source: qcow2 specification, "Cluster mapping".
 """
 
-import asyncio
 import sys
 from array import array
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import ZERO_VERSION, Header
+from blockd.formats.table_cache import TableCache
 from blockd.units import MIB, SECTOR_SIZE
 
 ZERO: Final = 1 << 0
@@ -116,10 +116,11 @@ class Mapping:
         self._knows_zero = header.version >= ZERO_VERSION
         self.l1_offset = header.l1_offset
         self.l1 = l1
-        self.tables: dict[int, L2Table] = {}
-        self._changed: set[int] = set()
-        self._load_lock = asyncio.Lock()
-        self._table_count_max = max(L2_CACHE_COUNT_MIN, L2_CACHE_SIZE_MAX >> header.cluster_bits)
+        self.cache: TableCache[L2Table] = TableCache(
+            max(L2_CACHE_COUNT_MIN, L2_CACHE_SIZE_MAX >> header.cluster_bits)
+        )
+        self.tables = self.cache.tables
+        self._changed = self.cache.changed
         # How many guest offset bits one L2 table covers.
         index_bits = (header.cluster_size // header.l2_entry_size).bit_length() - 1
         self.table_bits = header.cluster_bits + index_bits
@@ -129,40 +130,44 @@ class Mapping:
 
     def table_nowait(self, l1_index: int) -> L2Table | None:
         """The table if it is in memory, or sound and its pages are in the page cache."""
-        table = self.tables.get(l1_index)
-        if table is None and (host_offset := self.l1[l1_index] & OFFSET_MASK):
-            if not self._is_place_of_table(host_offset):
-                return None
-            data = self._file.read_nowait(host_offset, self.cluster_size)
-            if data is not None and self._is_table(entries := unpack_entries(data)):
-                table = self._insert(l1_index, L2Table(host_offset, entries, is_linked=True))
-        return table
+        if not self.l1[l1_index] & OFFSET_MASK:
+            return None
+        return self.cache.load_nowait(l1_index, lambda: self._read_nowait(l1_index))
+
+    def _read_nowait(self, l1_index: int) -> L2Table | None:
+        host_offset = self.l1[l1_index] & OFFSET_MASK
+        if not self._is_place_of_table(host_offset):
+            return None
+        data = self._file.read_nowait(host_offset, self.cluster_size)
+        if data is None or not self._is_table(entries := unpack_entries(data)):
+            return None
+        return L2Table(host_offset, entries, is_linked=True)
 
     async def table(self, l1_index: int) -> L2Table | None:
         """The table, read if need be; None when the L1 entry says that there is none.
 
+        Needs:    what is done with it is done before anything else is waited for: it may be evicted then.
         Raises:   Corruption: the L1 entry or the table is wrong.
-        Locks:    one table is read at a time, so that a slow reader never brings back old entries.
         """
         if (table := self.table_nowait(l1_index)) is not None or not self.l1[l1_index] & OFFSET_MASK:
             return table
-        async with self._load_lock:
-            if (table := self.tables.get(l1_index)) is not None:
-                return table
-            host_offset = self.l1[l1_index] & OFFSET_MASK
-            if not self._is_place_of_table(host_offset):
-                raise Corruption(
-                    self._file,
-                    f"L1 entry {l1_index} points to {host_offset:#x}, which is not a table inside the file",
-                )
-            self._file.announce(FileEvent.L2_LOAD)
-            entries = unpack_entries(await self._file.read(host_offset, self.cluster_size))
-            if not self._is_table(entries):
-                raise Corruption(
-                    self._file,
-                    f"the L2 table at {host_offset:#x} has zero clusters, which version 2 cannot have",
-                )
-            return self._insert(l1_index, L2Table(host_offset, entries, is_linked=True))
+        return await self.cache.load(l1_index, lambda: self._read(l1_index))
+
+    async def _read(self, l1_index: int) -> L2Table:
+        host_offset = self.l1[l1_index] & OFFSET_MASK
+        if not self._is_place_of_table(host_offset):
+            raise Corruption(
+                self._file,
+                f"L1 entry {l1_index} points to {host_offset:#x}, which is not a table inside the file",
+            )
+        self._file.announce(FileEvent.L2_LOAD)
+        entries = unpack_entries(await self._file.read(host_offset, self.cluster_size))
+        if not self._is_table(entries):
+            raise Corruption(
+                self._file,
+                f"the L2 table at {host_offset:#x} has zero clusters, which version 2 cannot have",
+            )
+        return L2Table(host_offset, entries, is_linked=True)
 
     def _is_place_of_table(self, host_offset: int) -> bool:
         return not host_offset % self.cluster_size and host_offset + self.cluster_size <= self._file.size
@@ -170,19 +175,6 @@ class Mapping:
     def _is_table(self, entries: "array[int]") -> bool:
         """Whether all entries are of kinds that the image's version knows."""
         return self._knows_zero or not any(entry & (ZERO | COMPRESSED) == ZERO for entry in entries)
-
-    def _insert(self, l1_index: int, table: L2Table) -> L2Table:
-        if len(self.tables) >= self._table_count_max:
-            oldest = next((index for index in self.tables if index not in self._changed), None)
-            if oldest is not None:
-                del self.tables[oldest]
-        self.tables[l1_index] = table
-        return table
-
-    @property
-    def is_under_pressure(self) -> bool:
-        """Whether so many tables wait for a checkpoint that one should come now."""
-        return len(self._changed) * 2 > self._table_count_max
 
     # -- changing -----------------------------------------------------------------------------
 
@@ -199,8 +191,8 @@ class Mapping:
         self._reserved.add(host_offset)
         table = L2Table(host_offset, entries, is_linked=False, linked_before=before)
         table.changed_from, table.changed_to = 0, len(entries)
-        self._changed.add(l1_index)
-        return self._insert(l1_index, table)
+        self.cache.put(l1_index, table)
+        return table
 
     def set_entries(self, l1_index: int, table: L2Table, index: int, entries: Sequence[int]) -> None:
         """Publish new entries, neighbours from `index` on.
@@ -223,7 +215,7 @@ class Mapping:
     def take_changes(self) -> MappingChanges:
         """Hand out everything that the disk does not have, and count it as written."""
         changes = MappingChanges([], [], [], {})
-        for l1_index in sorted(self._changed):
+        for l1_index in self.cache.take_changed():
             table = self.tables[l1_index]
             start, end = table.changed_from, table.changed_to
             write = TableWrite(table.host_offset + start * 8, table.entries[start:end])
@@ -236,13 +228,12 @@ class Mapping:
                 )
             changes.taken[l1_index] = (start, end)
             table.changed_from, table.changed_to = len(table.entries), 0
-        # Still counted as changed, so that none is evicted before it is written.
         return changes
 
     def linked_l1(self) -> "array[int]":
         """A copy of the L1 table as the disk has it: without tables that are not written yet."""
         l1 = self.l1[:]
-        for l1_index in self._changed:
+        for l1_index in self.cache.changed | self.cache.written:
             if not (table := self.tables[l1_index]).is_linked:
                 l1[l1_index] = table.linked_before
         return l1
@@ -250,10 +241,8 @@ class Mapping:
     def changes_written(self, changes: MappingChanges) -> None:
         """The disk has these changes now."""
         for l1_index in changes.taken:
-            table = self.tables[l1_index]
-            table.is_linked = True
-            if table.changed_from >= table.changed_to:
-                self._changed.discard(l1_index)
+            self.tables[l1_index].is_linked = True
+        self.cache.write_succeeded(changes.taken)
 
     def changes_failed(self, changes: MappingChanges) -> None:
         """The disk may or may not have these changes: they have to be written again."""
@@ -261,3 +250,4 @@ class Mapping:
             table = self.tables[l1_index]
             table.changed_from = min(table.changed_from, start)
             table.changed_to = max(table.changed_to, end)
+        self.cache.write_failed(changes.taken)

@@ -5,21 +5,36 @@ import errno
 import logging
 import struct
 from array import array
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
-from blockd.aio import Coalesced, in_thread
+from blockd.aio import Coalesced, in_thread, uninterrupted
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError, RequestError, StorageError
+from blockd.extents import Kind
+from blockd.formats.early_read import read_early
 from blockd.formats.qcow2 import checkpoint, snapshots
 from blockd.formats.qcow2 import header as headers
-from blockd.formats.qcow2.allocator import Allocator, Run
+from blockd.formats.qcow2.allocator import Allocator
+from blockd.formats.qcow2.copy_places import CopyPlaces
+from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import Header
 from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, TableWrite, unpack_entries
-from blockd.formats.qcow2.repair import repair_before_writing
+from blockd.formats.qcow2.runs import Run, clusters_for
 from blockd.formats.qcow2.snapshots import NO_SNAPSHOTS, SnapshotTable
+from blockd.units import KIB, MIB
 
 log = logging.getLogger(__name__)
+
+_IN_USE = headers.AUTOCLEAR_IN_USE
+# How much of a file is read for its header, unless its clusters are larger.
+_FIRST_LENGTH = 64 * KIB
+# By so much a file of version 2 is longer than its refcounts tell, at first, while it is in use.
+_MARK_LENGTH = 1 * MIB
+# Tables with so many entries in all are gone through on the loop, in 2 ms at most: a thread takes longer.
+_SHORT_ENTRY_COUNT = 16_384
 
 
 class Metadata:
@@ -45,6 +60,13 @@ class Metadata:
         self.reserved = reserved
         self.mapping = Mapping(file, header, l1, self.reserved)
         self.allocator = Allocator(file, header, refcount_table, self.reserved)
+        self.copy_places = CopyPlaces(self.allocator)
+        # Whether the header says that the image is in use, if it can. Nothing is allocated before that.
+        self.is_marked = header.version < headers.ZERO_VERSION or bool(header.autoclear & _IN_USE)
+        # There may be leaks, which were not looked for: the mark stays.
+        self._is_suspect = False
+        # The file is not cut below: if refcounts are wrong, clusters of before may be in use all the same.
+        self._kept_end = file.size
         self.lock = asyncio.Lock()
         # Make everything that was written before the call durable, maps included.
         self.flush = Coalesced(self._flush)
@@ -59,22 +81,73 @@ class Metadata:
         if not read_only:
             _require_writable(header, file.filename)
             if header.incompatible & headers.INCOMPATIBLE_DIRTY:
+                # Few images need it, and it is slow to load.
+                from blockd.formats.qcow2.repair import repair_before_writing  # noqa: PLC0415
+
                 await repair_before_writing(file)
                 header = await _load_header(file)
-        l1_size = header.l1_entry_count * 8
-        l1 = await _load_table(file, header.l1_offset, l1_size, "L1 table") if l1_size else array("Q")
-        _require_few_tables(l1, file.filename)
+        metadata = await cls._load_tables(file, header, read_only=read_only)
+        if read_only or not await metadata._was_left_open():
+            return metadata
+        from blockd.formats.qcow2 import repair  # noqa: PLC0415
+
+        if not repair.takes_a_moment(metadata._entry_count):
+            repair.warn_of_leaks(file, "it is too large to be looked through while it is opened")
+            metadata._is_suspect = True
+            await metadata._cut_off_room()
+            return metadata
+        is_looked_through = await repair.give_back_leaks(file)
+        metadata = await cls._load_tables(file, await _load_header(file), read_only=False)
+        metadata._is_suspect = not is_looked_through
+        return metadata
+
+    @classmethod
+    async def _load_tables(cls, file: ProtocolNode, header: Header, *, read_only: bool) -> "Metadata":
+        l1 = await _load_l1(file, header)
         file.announce(FileEvent.REFTABLE_LOAD)
         table_size = header.refcount_table_clusters * header.cluster_size
         refcounts = await _load_table(file, header.refcount_table_offset, table_size, "refcount table")
         snapshot_table = NO_SNAPSHOTS if read_only else await snapshots.load(file, header)
-        reserved = await in_thread(_metadata_clusters, header, l1, refcounts, snapshot_table)
-        metadata = cls(file, header, l1, refcounts, snapshot_table, reserved=reserved)
-        if header.autoclear and not read_only:
+        named = partial(_metadata_clusters, header, l1, refcounts, snapshot_table)
+        is_short = len(l1) + len(refcounts) <= _SHORT_ENTRY_COUNT
+        reserved = named() if is_short else await in_thread(named)
+        autoclear = header.autoclear & _IN_USE
+        if header.autoclear != autoclear and not read_only:
             # Whoever set these bits relies on nobody else writing to the image.
-            await in_thread(checkpoint.write_header_field, file, headers.AUTOCLEAR_FIELD, bytes(8))
-            metadata.header = replace(header, autoclear=0)
-        return metadata
+            field = struct.pack(">Q", autoclear)
+            await in_thread(checkpoint.write_header_field, file, headers.AUTOCLEAR_FIELD, field)
+            header = replace(header, autoclear=autoclear)
+        return cls(file, header, l1, refcounts, snapshot_table, reserved=reserved)
+
+    async def _was_left_open(self) -> bool:
+        """Whether who wrote to the image last did not close it.
+
+        Version 2 has no place to say so. Its file is longer than the refcounts tell then: see `_stay_longer`.
+        """
+        if self.knows_zero:
+            return bool(self.header.autoclear & _IN_USE)
+        try:
+            is_longer = await self.allocator.used_end() < self.file.size
+        except Corruption:
+            return False
+        return is_longer and bool(await self.file.disk_usage())  # devices always are
+
+    @uninterrupted
+    async def _cut_off_room(self) -> None:
+        """Cut off what was reserved behind the end: it is free, as refcounts tell, and holds no data."""
+        offset = end = await self.allocator.used_end()
+        while offset < self.file.size:
+            for extent in await self.file.map(offset, self.file.size - offset):
+                offset = extent.end
+                end = offset if extent.kind is Kind.DATA else end
+        await in_thread(self.file.trim_blocking, end)
+        self._kept_end = self.file.size
+
+    @property
+    def _entry_count(self) -> int:
+        """How many entries the tables that there are have."""
+        table_count = len(self.mapping.l1) - self.mapping.l1.count(0)
+        return table_count * self.header.cluster_size // self.header.l2_entry_size
 
     @property
     def knows_zero(self) -> bool:
@@ -107,7 +180,11 @@ class Metadata:
         if table is not None and mapping.l1[l1_index] & COPIED:
             return table
         run = await self.allocate(1)
-        table = await mapping.table(l1_index)
+        try:
+            table = await mapping.table(l1_index)
+        except BaseException:
+            self.allocator.give_back(run)
+            raise
         if table is not None and mapping.l1[l1_index] & COPIED:
             self.allocator.give_back(run)  # made by another writer meanwhile
             return table
@@ -119,19 +196,39 @@ class Metadata:
     # -- checkpoints --------------------------------------------------------------------------
 
     async def relieve(self) -> None:
-        """Make a checkpoint when too much waits for one; call before adding to what waits."""
-        if self.is_under_pressure:
+        """Prepare for changes: call before allocating, and before adding to what waits for a checkpoint."""
+        if not self.is_marked:
+            await self._mark()
+        if self._is_under_pressure:
             await self.flush()
 
     @property
-    def is_under_pressure(self) -> bool:
-        """Whether a checkpoint is due."""
-        return self.mapping.is_under_pressure or self.allocator.is_under_pressure
+    def needs_relief(self) -> bool:
+        """Whether `relieve` has something to do."""
+        return not self.is_marked or self._is_under_pressure
+
+    @property
+    def _is_under_pressure(self) -> bool:
+        return self.mapping.cache.is_under_pressure or self.allocator.is_under_pressure
+
+    @uninterrupted
+    async def _mark(self) -> None:
+        """Let the header say, durably, that the image is in use: who finds that looks for leaks."""
+        async with self.lock:
+            if not self.is_marked:
+                await self._set_autoclear(checkpoint.write_header_field, self.header.autoclear | _IN_USE)
+                self.is_marked = True
+
+    @uninterrupted
+    async def _set_autoclear(self, write: Callable[[ProtocolNode, int, bytes], None], autoclear: int) -> None:
+        await in_thread(write, self.file, headers.AUTOCLEAR_FIELD, struct.pack(">Q", autoclear))
+        self.header = replace(self.header, autoclear=autoclear)
 
     async def _flush(self) -> None:
         async with self.lock:
             await self.checkpoint_locked()
 
+    @uninterrupted
     async def checkpoint_locked(self) -> None:
         """Write all changes in order.
 
@@ -141,6 +238,8 @@ class Metadata:
         refcounts = self.allocator.take_changes()
         maps = self.mapping.take_changes()
         try:
+            if refcounts.blocks and not self.knows_zero:
+                await self._stay_longer()
             await in_thread(checkpoint.write_checkpoint, self.file, refcounts, maps)
         except BaseException:
             self.allocator.put_back_unmapped(freed)
@@ -152,6 +251,12 @@ class Metadata:
         if freed or self.allocator.has_leaving:
             await self._make_free(freed)
 
+    async def _stay_longer(self) -> None:
+        """Let the file be longer than its refcounts are about to tell: version 2 has no other mark of use."""
+        end = await self.allocator.used_end()
+        if self.file.size <= end:
+            await in_thread(checkpoint.lengthen, self.file, end, _MARK_LENGTH)
+
     async def _make_free(self, freed: list[Run]) -> None:
         """Bring clusters that the durable maps no longer name back into use."""
         try:
@@ -160,19 +265,59 @@ class Metadata:
             self.allocator.put_back_unmapped(freed)  # empty unless dropping failed
         refcounts = self.allocator.take_changes()
         try:
+            if not self.knows_zero:
+                await self._stay_longer()
             await in_thread(checkpoint.write_refcounts, self.file, refcounts)
         except BaseException:
             self.allocator.changes_failed(refcounts)
             raise
         self.allocator.changes_written(refcounts)
-        runs = self.allocator.take_leaving()
-        try:
-            await in_thread(checkpoint.punch, self.file, runs, self.header.cluster_size)
-        finally:
-            self.allocator.release(runs)
+        while runs := self.allocator.take_leaving():
+            try:
+                await in_thread(checkpoint.punch, self.file, runs, self.header.cluster_size)
+            finally:
+                self.allocator.release(runs)
+
+    # -- unused space -------------------------------------------------------------------------
+
+    async def trim(self) -> None:
+        """Cut off what is unused at the end of the file, and give back what else is taken and not used.
+
+        Needs:    nothing is in flight.
+        """
+        async with self.lock:
+            if self.allocator.has_changes:  # a checkpoint has counted clusters that were given back since
+                await self.checkpoint_locked()
+            await self._trim_locked()
+
+    @uninterrupted
+    async def _trim_locked(self) -> None:
+        self.copy_places.give_up()
+        runs = self.allocator.take_unused()
+        end = max(await self.allocator.used_end(), self._kept_end)
+        await in_thread(self.file.trim_blocking, end)
+        inside = [run for run in runs if run.host_offset < end]
+        await in_thread(checkpoint.punch, self.file, inside, self.header.cluster_size)
+
+    @uninterrupted
+    async def settle(self) -> None:
+        """Make everything durable, and leave the file no longer than it has to be, nor marked as in use.
+
+        Needs:    nothing is in flight.
+        """
+        async with self.lock:
+            await self.checkpoint_locked()
+            try:
+                await self._trim_locked()
+            except StorageError as error:
+                log.warning("'%s' stays longer than it has to be: %s", self.file.filename, error.message)
+            if self.header.autoclear and not self._is_suspect:
+                await self._set_autoclear(checkpoint.write_last_field, 0)
+                self.is_marked = False
 
     # -- changing the header ------------------------------------------------------------------
 
+    @uninterrupted
     async def mark_corrupt(self) -> None:
         """Record that the tables are wrong, durably; best effort: whoever found out says so in any case."""
         if self.header.version < 3 or self.file.failed is not None:
@@ -187,15 +332,25 @@ class Metadata:
                 return
             self.header = replace(self.header, incompatible=incompatible)
 
+    async def plan_backing(self, filename: str | None, backing_format: str | None) -> headers.HeaderChange:
+        """How the header is to record another backing file.
+
+        Raises:   RequestError: there is no room for its name.
+        """
+        current = bytes(await self.file.read(0, self.header.cluster_size))
+        # In a thread: a cluster may be 2 MiB, of which new ones are made.
+        return await in_thread(headers.change_backing, current, self.header, filename, backing_format)
+
+    @uninterrupted
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         """Make everything durable, then record another backing file, durably."""
         async with self.lock:
             await self.checkpoint_locked()
-            current = bytes(await self.file.read(0, self.header.cluster_size))
-            change = headers.change_backing(current, self.header, filename, backing_format)
+            change = await self.plan_backing(filename, backing_format)
             await in_thread(checkpoint.write_header_change, self.file, change.prepared, change.final)
             self.header = change.header
 
+    @uninterrupted
     async def set_size(self, size: int) -> None:
         """Record another virtual size, durably.
 
@@ -207,15 +362,18 @@ class Metadata:
             await in_thread(checkpoint.write_header_field, self.file, headers.SIZE_FIELD, field)
             self.header = replace(self.header, size=size)
 
-    async def grow_l1(self, size: int) -> None:
-        """Make the L1 table large enough for a disk of `size` bytes.
-
-        Raises:   RequestError: no L1 table can be that large, or a snapshot does not say how large it is.
-        """
+    def require_resizable(self) -> None:
+        """Refuse another size if a snapshot does not say how large it is: it would have that size too."""
         if any(snapshot.disk_size is None for snapshot in self.snapshots):
             raise RequestError(
                 f"Can't resize '{self.file.filename}': it has snapshots that do not record their size"
             )
+
+    async def grow_l1(self, size: int) -> None:
+        """Make the L1 table large enough for a disk of `size` bytes.
+
+        Raises:   RequestError: no L1 table can be that large.
+        """
         entry_count = headers.l1_entry_count_for(size, self.header.cluster_bits, self.header.l2_entry_size)
         if entry_count * 8 > headers.L1_SIZE_MAX:
             raise RequestError(
@@ -223,19 +381,33 @@ class Metadata:
             )
         if entry_count <= self.header.l1_entry_count:
             return
+        await self.relieve()
         self.file.announce(FileEvent.L1_GROW_ALLOC_TABLE)
-        run = await self._allocate_contiguous(_clusters_for(entry_count * 8, self.header.cluster_size))
-        async with self.lock:
-            await self.checkpoint_locked()
-            await self._move_l1(run, entry_count)
+        run = await self._allocate_contiguous(clusters_for(entry_count * 8, self.header.cluster_size))
+        await self._use_for_l1(run, entry_count)
 
+    @uninterrupted
+    async def _use_for_l1(self, run: Run, entry_count: int) -> None:
+        is_used = False
+        async with self.lock:
+            try:
+                await self.checkpoint_locked()
+                if entry_count > self.header.l1_entry_count:  # not grown by another one meanwhile
+                    await self._move_l1(run, entry_count)
+                    is_used = True
+            finally:
+                # A write that fails has changed nothing; after a sync that fails nothing is written any more.
+                if not is_used:
+                    self.allocator.give_back(run)
+
+    @uninterrupted
     async def _move_l1(self, run: Run, entry_count: int) -> None:
         added = array("Q", bytes((entry_count - len(self.mapping.l1)) * 8))
         durable = self.mapping.linked_l1() + added
         field = struct.pack(">IQ", entry_count, run.host_offset)
         write = TableWrite(run.host_offset, durable)
         await in_thread(checkpoint.move_l1, self.file, write, field)
-        old_clusters = _clusters_for(self.header.l1_entry_count * 8, self.header.cluster_size)
+        old_clusters = clusters_for(self.header.l1_entry_count * 8, self.header.cluster_size)
         if old_clusters:
             old = Run(self.header.l1_offset, old_clusters)
             self.reserved.difference_update(self.allocator.host_offsets(old))
@@ -245,6 +417,7 @@ class Metadata:
         self.mapping.l1_offset = run.host_offset
         self.header = replace(self.header, l1_offset=run.host_offset, l1_entry_count=entry_count)
 
+    @uninterrupted
     async def _grow_refcount_table(self) -> None:
         self.file.announce(FileEvent.REFTABLE_GROW)
         entry_count = len(self.allocator.table)
@@ -276,25 +449,31 @@ def _metadata_clusters(
         *range(header.refcount_table_offset, table_end, step),
         *snapshot_table.clusters(header),
     }
-    clusters.update(entry & OFFSET_MASK for entry in l1 if entry)
-    clusters.update(entry & OFFSET_MASK for entry in refcount_table if entry)
+    clusters.update(entry & OFFSET_MASK for entry in filter(None, l1))
+    clusters.update(entry & OFFSET_MASK for entry in filter(None, refcount_table))
     return clusters
 
 
-def _clusters_for(length: int, cluster_size: int) -> int:
-    return -(-length // cluster_size)
-
-
 async def _load_header(file: ProtocolNode) -> Header:
-    first = await file.read(0, max(1, min(file.size, 1 << headers.CLUSTER_BITS_MAX)))
-    return headers.parse(bytes(first), file.filename)
+    first = bytes(await read_early(file, 0, max(1, min(file.size, _FIRST_LENGTH))))
+    cluster_size = headers.cluster_size_of(first)
+    if cluster_size > len(first) < file.size:
+        first = bytes(await file.read(0, min(file.size, cluster_size)))
+    return headers.parse(first, file.filename)
+
+
+async def _load_l1(file: ProtocolNode, header: Header) -> "array[int]":
+    l1_size = header.l1_entry_count * 8
+    l1 = await _load_table(file, header.l1_offset, l1_size, "L1 table") if l1_size else array("Q")
+    _require_few_tables(l1, file.filename)
+    return l1
 
 
 async def _load_table(file: ProtocolNode, host_offset: int, length: int, what: str) -> "array[int]":
     """Read a table that has to be inside the file: past its end is corrupt, never zeroes."""
     if host_offset + length > file.size:
         raise ImageError(f"'{file.filename}': the {what} at {host_offset:#x} runs past the end of the file")
-    return unpack_entries(await file.read(host_offset, length))
+    return unpack_entries(await read_early(file, host_offset, length))
 
 
 def _require_few_tables(l1: "array[int]", name: str) -> None:

@@ -13,9 +13,12 @@ Source: qcow2 specification, "Host cluster management".
 from array import array
 
 from blockd.formats.qcow2.mapping import pack_entries, unpack_entries
+from blockd.units import align_up
 
 _BYTE_ORDER = 3  # from here on a refcount takes whole bytes
 _TYPECODES = "BBBBHIQ"
+# How many entries are compared at once: a table may have 2 MiB, nearly all of them 0.
+_LOOKED_AT_ONCE = 4096
 
 
 class RefcountWidth:
@@ -52,3 +55,27 @@ class RefcountWidth:
         for place in range(per_byte):
             packed |= int.from_bytes(refcounts[place::per_byte].tobytes(), "little") << place * self.bits
         return packed.to_bytes(len(refcounts) // per_byte, "little")
+
+
+def find_zeroes(entries: "array[int]", start: int, step: int) -> int | None:
+    """The first multiple of `step` from `start` on at which as many entries are 0."""
+    start = align_up(start, step)
+    if start + step <= len(entries) and not any(entries[start : start + step]):
+        return start  # nearly always
+    size = step * entries.itemsize
+    data, zero = entries.tobytes(), bytes(size)
+    position = start * entries.itemsize
+    while (position := data.find(zero, position)) >= 0:
+        position = align_up(position, size)
+        if data.startswith(zero, position):
+            return position // entries.itemsize
+    return None
+
+
+def used_count(entries: "array[int]") -> int:
+    """Up to where there are entries that are not 0."""
+    for start in reversed(range(0, len(entries), _LOOKED_AT_ONCE)):
+        part = entries[start : start + _LOOKED_AT_ONCE]
+        if part != array(part.typecode, [0]) * len(part):
+            return start + -(-len(part.tobytes().rstrip(b"\0")) // part.itemsize)
+    return 0

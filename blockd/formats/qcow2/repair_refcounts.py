@@ -40,16 +40,18 @@ def rewrite_blocks(file: ProtocolNode, header: Header, refcounts: Refcounts) -> 
     """Write the blocks with refcounts that are wrong."""
     for index, host_offset in enumerate(refcounts.blocks):
         first = index * refcounts.span
-        count = min(refcounts.span, refcounts.count - first)
-        if not host_offset or count <= 0:
+        count = max(0, min(refcounts.span, refcounts.count - first))
+        is_at_end = refcounts.counts_past_end and count < refcounts.span
+        if not host_offset:
             continue
         stored, wanted = refcounts.stored.get(first, count), refcounts.references.get(first, count)
-        if stored == wanted:
+        if stored == wanted and not is_at_end:
             continue
         block = bytearray(header.cluster_size)
         file.readinto_blocking(host_offset, memoryview(block))
-        # What is said of clusters past the end of the file stays.
         values = unpack_refcounts(block, header.refcount_order)
+        if is_at_end:  # they would be leaks as soon as the file is longer
+            values[count:] = array(values.typecode, [0]) * (len(values) - count)
         for number, (old, new) in enumerate(zip(stored, wanted, strict=True)):
             if old != new:
                 values[number] = new

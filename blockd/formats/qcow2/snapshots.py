@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError
+from blockd.formats.early_read import read_early
 from blockd.formats.qcow2.header import L1_SIZE_MAX, Header
 from blockd.units import KIB, MIB, align_up
 
@@ -67,7 +68,7 @@ async def load(file: ProtocolNode, header: Header) -> SnapshotTable:
     if count > SNAPSHOT_COUNT_MAX:
         raise ImageError(f"'{file.filename}': {count} snapshots are more than {SNAPSHOT_COUNT_MAX}")
     length = max(0, min(file.size - start, count * ROW_SIZE_MAX, 64 * MIB))
-    data = bytes(await file.read(start, length)) if length else b""
+    data = bytes(await read_early(file, start, length)) if length else b""
     snapshots: list[Snapshot] = []
     offset = total = 0
     for number in range(count):

@@ -14,18 +14,63 @@ subclusters are present, ZERO where they are zeroes, 0 where they are nothing.
 Source: qcow2 specification, "Extended L2 Entries".
 """
 
-from collections.abc import Iterator
+import re
+from array import array
 from typing import Final
 
 from blockd.block.node import ProtocolNode
+from blockd.formats import entry_runs
+from blockd.formats.entry_runs import (
+    APART,
+    CONTENT,
+    IMPOSSIBLE,
+    STORED,
+    ZEROES,
+    bit_table,
+    flagged,
+    labels,
+    packed,
+    united,
+)
 from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import SUBCLUSTER_COUNT
-from blockd.formats.qcow2.lookup import MIXED, Lookup, continues
-from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, STATE_MASK, ZERO, L2Table
+from blockd.formats.qcow2.lookup import MIXED, Lookup
+from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, RESERVED_MASK, STATE_MASK, ZERO, L2Table
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_down
 
 ALL_SUBCLUSTERS: Final = (1 << SUBCLUSTER_COUNT) - 1
+
+# How many clusters are looked at at once.
+CLUSTER_COUNT_MAX: Final = 256
+
+_PRESENT_TABLE: Final = bytes.maketrans(b"01", bytes([0, STORED]))
+_ZERO_TABLE: Final = bytes.maketrans(b"01", bytes([0, ZEROES]))
+_PART_LABELS: Final = bytes.maketrans(bytes([0, STORED, ZEROES, STORED | ZEROES]), b"-d0X")
+_FIRST_FLAGS: Final = bytes.maketrans(b"-d0X", bytes([0, STORED, ZEROES, IMPOSSIBLE]))
+_APART_TABLE: Final = bit_table(APART, APART)
+
+
+def _cluster_label(flags: int) -> bytes:
+    """Of a cluster whose bitmap does not count; the others have none."""
+    if flags & entry_runs.COMPRESSED:
+        return b"C"
+    return b"X" if flags & IMPOSSIBLE or flags & (CONTENT | STORED) == CONTENT else b"-"
+
+
+_CLUSTER_LABELS: Final = b"".join(map(_cluster_label, range(256)))
+# What of an entry is told for a subcluster with a label.
+_ENTRY_MASKS: Final = {
+    **dict.fromkeys(b"-0", 0),
+    **dict.fromkeys(b"dD", STATE_MASK & ~RESERVED_MASK & ~ZERO),
+    **dict.fromkeys(b"cC", STATE_MASK),
+}
+_ZEROES: Final = ord("0")
+_WHOLE: Final = re.compile(rb"[CX]")
+_WHOLE_LABELS: Final = {
+    b"C": b"C" + b"c" * (SUBCLUSTER_COUNT - 1),
+    b"X": b"X" * SUBCLUSTER_COUNT,
+}
 
 
 class Subclusters:
@@ -78,6 +123,10 @@ class SubclusterLookup(Lookup):
     def __init__(self, metadata: Metadata) -> None:
         super().__init__(metadata)
         self._subclusters = Subclusters(self._cluster_size)
+        self._unit_bits = self._subclusters.size.bit_length() - 1
+        self._entry_numbers = 2
+        self._look_length = CLUSTER_COUNT_MAX * self._cluster_size
+        self._alike_length = self._few
 
     def entry_nowait(self, offset: int, length: int, mask: int = STATE_MASK) -> int:
         l1_index, end = offset >> self._table_bits, offset + length
@@ -110,29 +159,47 @@ class SubclusterLookup(Lookup):
             return MIXED
         return found
 
-    def _table_runs(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int, int]]:
-        start, first = offset, None
-        for position, entry in self._parts(table, offset, end):
-            distance = align_down(position, self._cluster_size) - align_down(start, self._cluster_size)
-            if first is None or not continues(first, distance, entry):
-                if first is not None:
-                    yield start, position - start, first
-                start, first = position, entry
-        if first is not None:
-            yield start, end - start, first
+    def _few_runs(self, table: L2Table, offset: int, end: int) -> list[tuple[int, int, int]]:
+        entry = self.entry_nowait(offset, end - offset)
+        has_reserved = entry & RESERVED_MASK and not entry & COMPRESSED
+        return [(offset, end - offset, entry)] if entry >= 0 and not has_reserved else []
 
-    def _parts(self, table: L2Table, offset: int, end: int) -> Iterator[tuple[int, int]]:
-        """Offset and entry of clusters whose subclusters are alike, and of the single ones of others."""
-        while offset < end:
-            cluster_end = min(end, align_down(offset, self._cluster_size) + self._cluster_size)
-            entry = self._entry(table, offset, cluster_end)
-            if entry >= 0:
-                yield offset, entry & STATE_MASK
-                offset = cluster_end
-            while offset < cluster_end:
-                entry = self._entry(table, offset, offset + 1)
-                if entry < 0:
-                    index = self._index(offset)
-                    raise contradiction(self._file, offset, *table.entries[index : index + 2])
-                yield offset, entry & STATE_MASK
-                offset = min(cluster_end, align_down(offset, self._subclusters.size) + self._subclusters.size)
+    def _entries(self, table: L2Table, offset: int, found: bytes, units: list[int]) -> list[int]:
+        index = self._index(offset)
+        entries = table.entries[index : index + 2 * len(found) // SUBCLUSTER_COUNT : 2]
+        told = zip(
+            map(found.__getitem__, units), (entries[unit // SUBCLUSTER_COUNT] for unit in units), strict=True
+        )
+        return [entry & _ENTRY_MASKS[label] | (label == _ZEROES) for label, entry in told]
+
+    def _entries_of(self, table: L2Table, offset: int, label_count: int) -> "array[int]":
+        index = self._index(offset)
+        return table.entries[index : index + 2 * label_count // SUBCLUSTER_COUNT : 2]
+
+    def _contradiction(self, table: L2Table, offset: int) -> Corruption:
+        index = self._index(offset)
+        return contradiction(self._file, offset, *table.entries[index : index + 2])
+
+    def _labels(self, table: L2Table, index: int, count: int, *, with_places: bool) -> bytes:
+        """A label for each subcluster."""
+        pairs = table.entries[2 * index : 2 * (index + count)]
+        bitmaps = memoryview(packed(pairs[1::2])).cast("I")
+        present, zero = bitmaps[0::2].tobytes(), bitmaps[1::2].tobytes()
+        parts = _spread(present).translate(_PRESENT_TABLE), _spread(zero).translate(_ZERO_TABLE)
+        found = bytearray(united(parts, count * SUBCLUSTER_COUNT).translate(_PART_LABELS))
+        entry_flags = self._flags(packed(pairs[0::2]), count, with_places=with_places)
+        content = flagged((present[byte::4] for byte in range(4)), count, CONTENT)
+        flags = united((*entry_flags, content), count)
+        if with_places:
+            firsts = found[::SUBCLUSTER_COUNT].translate(_FIRST_FLAGS)
+            found[::SUBCLUSTER_COUNT] = labels((firsts, flags.translate(_APART_TABLE)), count)
+        for match in _WHOLE.finditer(flags.translate(_CLUSTER_LABELS)):
+            start = match.start() * SUBCLUSTER_COUNT
+            found[start : start + SUBCLUSTER_COUNT] = _WHOLE_LABELS[match[0]]
+        return bytes(found)
+
+
+def _spread(bits: bytes) -> bytes:
+    """A "0" or "1" for each bit, least significant first."""
+    digits = format(int.from_bytes(bits, "little"), f"0{8 * len(bits)}b")
+    return digits[::-1].encode()

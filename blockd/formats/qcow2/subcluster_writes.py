@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from blockd.block.node import Buffer
-from blockd.formats.qcow2.allocator import Run
 from blockd.formats.qcow2.header import SUBCLUSTER_COUNT
 from blockd.formats.qcow2.mapping import COMPRESSED, COPIED, OFFSET_MASK
 from blockd.formats.qcow2.metadata import Metadata
+from blockd.formats.qcow2.runs import Run
 from blockd.formats.qcow2.subcluster_lookup import (
     ALL_SUBCLUSTERS,
     Subclusters,
@@ -67,7 +67,6 @@ class SubclusterWrites(GuestWrites):
     def __init__(self, image: "Qcow2Image", metadata: Metadata) -> None:
         super().__init__(image, metadata)
         self.image = image
-        self.whole_size = metadata.header.cluster_size
         self.subclusters = Subclusters(self.whole_size)
 
     def pairs(self, start: int, cluster_count: int) -> list[Pair]:
@@ -193,6 +192,12 @@ class SubclusterWrites(GuestWrites):
 
     # -- zeroes and discard -------------------------------------------------------------------
 
+    def discard_nowait(self, offset: int, length: int) -> bool:
+        return False
+
+    def write_zeroes_nowait(self, offset: int, length: int) -> bool:
+        return False
+
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
         """Turn whole subclusters into zeroes, and write zeroes to the parts at both ends."""
         for cluster in {align_down(end, self.whole_size) for end in (offset, offset + length - 1)}:
@@ -211,18 +216,13 @@ class SubclusterWrites(GuestWrites):
             if self.pairs(cluster, 1)[0][0] & COMPRESSED:
                 await self.rewritten(cluster)
 
-    async def _zero_clusters(self, start: int, end: int, *, unmap: bool) -> None:
-        """Turn subclusters into zeroes, table by table."""
-        while start < end:
-            l1_index = start >> self._mapping.table_bits
-            piece_end = min(end, (l1_index + 1) << self._mapping.table_bits)
-            if self._image.backing is not None or self._mapping.l1[l1_index]:
-                await self._metadata.relieve()
-                low, high = align_down(start, self.whole_size), align_up(piece_end, self.whole_size)
-                async with self.ranges.held(low, high):
-                    await self._metadata.writable_table(l1_index)
-                    self.publish(low, self._zeroed(start, piece_end, keeps_place=not unmap))
-            start = piece_end
+    async def _zero_locked(self, start: int, end: int, *, unmap: bool) -> None:
+        await self._metadata.writable_table(start >> self._mapping.table_bits)
+        low = align_down(start, self.whole_size)
+        self.publish(low, self._zeroed(start, end, keeps_place=not unmap))
+
+    def _forget_locked(self, start: int, cluster_count: int) -> None:
+        self.publish(start, [(0, 0)] * cluster_count)
 
     def _zeroed(self, start: int, end: int, *, keeps_place: bool) -> list[Pair]:
         """The clusters of a range, with zeroes in the range."""
@@ -233,7 +233,7 @@ class SubclusterWrites(GuestWrites):
                 # A part of it is only discarded, which may be left undone.
                 changed.append((0, ALL_ZEROES) if self._is_covered(low, start, end) else pair)
             else:
-                if self._image.backing is None:
+                if not self._image.is_backed:
                     bits &= pair[1] | pair[1] >> SUBCLUSTER_COUNT  # what is nothing reads as zeroes already
                 changed.append(with_zeroes(pair, bits, keeps_place=keeps_place))
             low += self.whole_size

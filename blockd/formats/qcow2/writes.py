@@ -8,13 +8,17 @@ snapshot shares live on. A zero cluster that has a place of its own in the file 
 Version 2 has no zero clusters: there zeroes over a backing are data.
 """
 
+import asyncio
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from blockd.aio import Turns
+from blockd.block.chain import chain_map
 from blockd.block.file_events import FileEvent
 from blockd.block.node import Buffer
 from blockd.block.segments import zeroes
-from blockd.formats.qcow2.allocator import Run
+from blockd.extents import Kind
+from blockd.formats.qcow2.allocator import FREED_AT_ONCE_MAX
 from blockd.formats.qcow2.mapping import (
     COMPRESSED,
     COPIED,
@@ -24,6 +28,7 @@ from blockd.formats.qcow2.mapping import (
     compressed_extent,
 )
 from blockd.formats.qcow2.metadata import Metadata
+from blockd.formats.qcow2.runs import Run
 from blockd.range_lock import RangeLock
 from blockd.units import MIB, align_down, align_up
 
@@ -32,6 +37,8 @@ if TYPE_CHECKING:
 
 # One allocating write at most, so that the copy of its edges and the wait behind it stay short.
 ALLOCATING_WRITE_LENGTH_MAX = 2 * MIB
+# How many clusters become zeroes without a task: this takes as long as a large write.
+ZEROED_AT_ONCE_MAX = 64
 
 
 class GuestWrites:
@@ -46,7 +53,9 @@ class GuestWrites:
         self._metadata = metadata
         self._mapping = metadata.mapping
         self._allocator = metadata.allocator
+        # What is allocated at a time, and the clusters that range locks and map entries are for.
         self._cluster_size = image.cluster_size
+        self.whole_size = metadata.header.cluster_size
         self._knows_zero = metadata.knows_zero
         self.ranges = RangeLock()
 
@@ -69,7 +78,7 @@ class GuestWrites:
         index = (offset >> mapping.cluster_bits) & mapping.index_mask
         start = offset & -cluster_size
         is_new = not table.entries[index] and offset + len(data) <= start + cluster_size
-        if not is_new or self._metadata.is_under_pressure:
+        if not is_new or self._metadata.needs_relief:
             return False
         content = data if len(data) == cluster_size else self._merged_nowait(start, offset, data)
         run = self._allocator.allocate_nowait(1) if content is not None else None
@@ -134,6 +143,8 @@ class GuestWrites:
         data = data[: align_down(offset, self._cluster_size) + ALLOCATING_WRITE_LENGTH_MAX - offset]
         start, end = align_down(offset, self._cluster_size), align_up(offset + len(data), self._cluster_size)
         async with self.ranges.held(start, end):
+            # In memory, or all clusters would be taken for foreign: those of others' writes in place, too.
+            await self._mapping.table(start >> self._mapping.table_bits)
             cluster_count = self._foreign_count(start, end)
             if not cluster_count:
                 return 0
@@ -207,43 +218,124 @@ class GuestWrites:
     def _let_go(self, offset: int, old_entries: Sequence[int], new_entries: Sequence[int]) -> None:
         """Free what the entries of some clusters named, unless those that replace them still do."""
         freed: list[Run] = []
+        first = end = 0  # neighbours that are freed together, which is much cheaper
+        step = 1 << self._mapping.cluster_bits
         for old, new in zip(old_entries, new_entries, strict=True):
-            if old & OFFSET_MASK and (old ^ new) & OFFSET_MASK:
-                run = stored_run(old, self._mapping.cluster_bits)
-                if not self._metadata.reserved.isdisjoint(self._allocator.host_offsets(run)):
-                    raise self._image.misplaced(offset, run.host_offset)
-                freed.append(run)
+            if not old & OFFSET_MASK or not (old ^ new) & OFFSET_MASK:
+                continue
+            if old & COMPRESSED:
+                freed.append(stored_run(old, self._mapping.cluster_bits))
+            elif old & OFFSET_MASK == end:
+                end += step
+            else:
+                self._add_run(freed, first, end)
+                first = old & OFFSET_MASK
+                end = first + step
+        self._add_run(freed, first, end)
+        for run in freed:
+            if not self._metadata.reserved.isdisjoint(self._allocator.host_offsets(run)):
+                raise self._image.misplaced(offset, run.host_offset)
         for run in freed:
             self._allocator.free(run)
+
+    def _add_run(self, runs: list[Run], first: int, end: int) -> None:
+        if first < end:
+            runs.append(Run(first, (end - first) >> self._mapping.cluster_bits))
 
     # -- zeroes and discard -------------------------------------------------------------------
 
     async def write_zeroes(self, offset: int, length: int, *, unmap: bool) -> None:
-        """Turn whole clusters into zero clusters, and write zeroes to the parts at both ends."""
+        """Turn whole clusters into zero clusters, and make the parts at both ends zeroes."""
         end = offset + length
-        if not self._knows_zero and self._image.backing is not None:
+        if not self._knows_zero and self._image.is_backed:
             await self._write_zero_data(offset, end)
             return
         first = min(align_up(offset, self._cluster_size), end)
         last = max(self._cluster_end(end), first)
-        await self._zero_part(offset, first)
+        await self._zero_part(offset, first, unmap=unmap)
         await self._zero_clusters(first, last, unmap=unmap)
-        await self._zero_part(last, end)
+        await self._zero_part(last, end, unmap=unmap)
 
     async def discard(self, offset: int, length: int) -> None:
         """Give back the whole clusters of the range; not where the backing would come to light."""
-        if not self._knows_zero and self._image.backing is not None:
+        if not self._knows_zero and self._image.is_backed:
             return
         first = align_up(offset, self._cluster_size)
         await self._zero_clusters(first, self._cluster_end(offset + length), unmap=True)
+
+    def discard_nowait(self, offset: int, length: int) -> bool:
+        """Do what `discard` does if it needs no waiting, else nothing; whether it is done."""
+        return self._zero_nowait(align_up(offset, self._cluster_size), self._cluster_end(offset + length))
+
+    def write_zeroes_nowait(self, offset: int, length: int) -> bool:
+        """Do what `write_zeroes` does if these are whole clusters and it needs no waiting, else nothing."""
+        end = offset + length
+        is_whole = not offset % self._cluster_size and self._cluster_end(end) == end
+        return is_whole and self._zero_nowait(offset, end)
+
+    def _zero_nowait(self, start: int, end: int) -> bool:
+        """Turn a few whole clusters into zero clusters.
+
+        Locks:    none: from looking them up to publishing them nothing is waited for.
+        """
+        mapping = self._mapping
+        if not self._knows_zero and self._image.is_backed:
+            return False
+        if start >= end:
+            return True
+        l1_index = start >> mapping.table_bits
+        count = ((end - 1) >> mapping.cluster_bits) - (start >> mapping.cluster_bits) + 1
+        is_in_table = (end - 1) >> mapping.table_bits == l1_index and mapping.l1[l1_index] & COPIED
+        table = mapping.tables.get(l1_index) if is_in_table and count <= ZEROED_AT_ONCE_MAX else None
+        if table is None or self._metadata.needs_relief:
+            return False
+        index = (start >> mapping.cluster_bits) & mapping.index_mask
+        old = table.entries[index : index + count].tolist()
+        if (new := list(map(self._unmapped_zero, old))) != old:
+            self._publish(start, new)
+        return True
 
     def _cluster_end(self, end: int) -> int:
         """The end of the last whole cluster; the disk's end completes its cluster."""
         return end if end == self._image.size else align_down(end, self._cluster_size)
 
-    async def _zero_part(self, start: int, end: int) -> None:
-        if start < end and not self._reads_as_zero(self._image.entry_nowait(start, end - start)):
+    async def _zero_part(self, start: int, end: int, *, unmap: bool) -> None:
+        """Make a part of a cluster zeroes: the whole of it if the rest reads as zeroes and is not stored."""
+        if start == end:
+            return
+        await self._mapping.table(start >> self._mapping.table_bits)
+        if self._reads_as_zero(self._image.entry_nowait(start, end - start)):
+            return
+        if not await self._zero_around(start, end, unmap=unmap):
             await self.write(start, memoryview(zeroes(end - start)))
+
+    async def _zero_around(self, start: int, end: int, *, unmap: bool) -> bool:
+        """Turn a cluster into zeroes of which the rest reads as zeroes; False: it cannot be."""
+        low = align_down(start, self._cluster_size)
+        # A disk that is being made larger has its old size still.
+        high = min(low + self._cluster_size, max(self._image.size, end))
+        await self._metadata.relieve()
+        async with self.ranges.held(*self._locked_range(low, high)):
+            await self._mapping.table(low >> self._mapping.table_bits)
+            if self._image.entry_nowait(low, 1):
+                return False
+            if not (await self._is_zero_below(low, start) and await self._is_zero_below(end, high)):
+                return False
+            await self._zero_locked(low, high, unmap=unmap)
+        return True
+
+    async def _is_zero_below(self, start: int, end: int) -> bool:
+        """Whether the backing is known to read as zeroes in a range; nothing is read for it."""
+        backing = self._image.backing
+        end = end if backing is None else min(end, backing.size)
+        while start < end:
+            if backing is None:
+                return False  # it is detached for the moment
+            for extent in await chain_map(backing, start, end - start):
+                if extent.kind is Kind.DATA:
+                    return False
+                start = extent.end
+        return True
 
     async def _write_zero_data(self, start: int, end: int) -> None:
         while start < end:
@@ -253,30 +345,66 @@ class GuestWrites:
 
     def _reads_as_zero(self, entry: int) -> bool:
         if entry == 0:
-            return self._image.backing is None
+            return not self._image.is_backed
         return entry > 0 and not entry & COMPRESSED and bool(entry & ZERO)
 
     def _unmapped_zero(self, entry: int) -> int:
-        return ZERO if self._knows_zero and (entry or self._image.backing is not None) else 0
+        return ZERO if self._knows_zero and (entry or self._image.is_backed) else 0
 
     def _kept_zero(self, entry: int) -> int:
         is_own = self._knows_zero and entry & (COPIED | COMPRESSED) == COPIED
         return entry | ZERO if is_own else self._unmapped_zero(entry)
 
+    def _piece_end(self, start: int, end: int) -> int:
+        """Up to where a range that begins at `start` is changed in one go: inside one table."""
+        piece = FREED_AT_ONCE_MAX * self._cluster_size
+        table_end = ((start >> self._mapping.table_bits) + 1) << self._mapping.table_bits
+        return min(end, align_down(start, piece) + piece, table_end)
+
     async def _zero_clusters(self, start: int, end: int, *, unmap: bool) -> None:
-        """Turn whole clusters into zero clusters, table by table."""
-        change = self._unmapped_zero if unmap else self._kept_zero
+        """Turn whole clusters into zero clusters, a part of a table at a time, with others' turns between."""
         while start < end:
-            l1_index = start >> self._mapping.table_bits
-            piece_end = min(end, (l1_index + 1) << self._mapping.table_bits)
-            if self._mapping.l1[l1_index] or change(0):
+            piece_end = self._piece_end(start, end)
+            if self._mapping.l1[start >> self._mapping.table_bits] or self._unmapped_zero(0):
+                await asyncio.sleep(0)
                 await self._metadata.relieve()
-                async with self.ranges.held(start, align_up(piece_end, self._cluster_size)):
-                    table = await self._metadata.writable_table(l1_index)
-                    index = (start >> self._mapping.cluster_bits) & self._mapping.index_mask
-                    count = (align_up(piece_end, self._cluster_size) - start) >> self._mapping.cluster_bits
-                    self._publish(start, [change(entry) for entry in table.entries[index : index + count]])
+                async with self.ranges.held(*self._locked_range(start, piece_end)):
+                    await self._zero_locked(start, piece_end, unmap=unmap)
             start = piece_end
+
+    async def forget(self, start: int, end: int) -> None:
+        """Let the map name nothing in the whole clusters of a range behind the disk's end."""
+        start, end = align_up(start, self.whole_size), align_up(end, self.whole_size)
+        turns = Turns()
+        while start < end:
+            await turns.pass_on()
+            l1_index = start >> self._mapping.table_bits
+            if not self._mapping.l1[l1_index]:
+                start = (l1_index + 1) << self._mapping.table_bits
+                continue
+            piece_end = self._piece_end(start, end)
+            await self._metadata.relieve()
+            async with self.ranges.held(start, piece_end):
+                await self._metadata.writable_table(l1_index)
+                self._forget_locked(start, (piece_end - start) // self.whole_size)
+            start = piece_end
+
+    def _forget_locked(self, start: int, cluster_count: int) -> None:
+        self._publish(start, [0] * cluster_count)
+
+    def _locked_range(self, start: int, end: int) -> tuple[int, int]:
+        return align_down(start, self.whole_size), align_up(end, self.whole_size)
+
+    async def _zero_locked(self, start: int, end: int, *, unmap: bool) -> None:
+        """Turn whole clusters into zero clusters.
+
+        Needs:    the range is held, and inside one table.
+        """
+        change = self._unmapped_zero if unmap else self._kept_zero
+        table = await self._metadata.writable_table(start >> self._mapping.table_bits)
+        index = (start >> self._mapping.cluster_bits) & self._mapping.index_mask
+        count = (align_up(end, self._cluster_size) - start) >> self._mapping.cluster_bits
+        self._publish(start, [change(entry) for entry in table.entries[index : index + count]])
 
 
 def stored_run(entry: int, cluster_bits: int) -> Run:

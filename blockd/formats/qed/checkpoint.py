@@ -1,20 +1,22 @@
 """The order in which metadata reaches the disk. Blocking calls, each run in one thread hop.
 
-    1  the need-check bit, if it has to be set; beside the data that is already written     sync
-    2  new L2 tables                                                                        sync
-    3  L2 entries of linked tables, L1 entries of new tables                                sync
+    1  the data, which is already written                           sync
+    2  new L2 tables                                                sync
+    3  L2 entries of linked tables, L1 entries of new tables        sync
 
 So data are durable before a map points to them, a new table before what points to it. A crash between
-any two writes leaves the map of before or of after, and leaked clusters at worst. The format asks for
-the need-check bit before tables of an image without backing file change; it makes whoever opens the
-image after a crash look for the leaks.
+any two writes leaves the map of before or of after, and leaked clusters at worst. The need-check bit, which
+is durable before the first cluster is allocated, makes whoever opens the image after a crash look for them.
+The format asks for it before tables of an image without backing file change; with one it is set as well, for
+a stream leaks most.
 """
 
 from collections.abc import Iterable
 
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
-from blockd.formats.qed.header import FEATURES_FIELD, HeaderChange
+from blockd.formats.qed.allocator import Run
+from blockd.formats.qed.header import HeaderChange
 from blockd.formats.qed.mapping import MappingChanges, TableWrite, pack_entries
 
 
@@ -25,10 +27,8 @@ def write_tables(file: ProtocolNode, writes: Iterable[TableWrite], event: FileEv
         file.write_blocking(write.host_offset, pack_entries(write.entries))
 
 
-def write_checkpoint(file: ProtocolNode, features: bytes | None, maps: MappingChanges) -> None:
+def write_checkpoint(file: ProtocolNode, maps: MappingChanges) -> None:
     """Make all data written so far, and the map changes that belong to it, durable."""
-    if features is not None:
-        file.write_blocking(FEATURES_FIELD, features)
     file.sync_blocking()
     if maps.new_tables:
         write_tables(file, maps.new_tables, FileEvent.L2_ALLOC_WRITE)
@@ -39,10 +39,22 @@ def write_checkpoint(file: ProtocolNode, features: bytes | None, maps: MappingCh
         file.sync_blocking()
 
 
+def punch(file: ProtocolNode, runs: Iterable[Run], cluster_size: int) -> None:
+    """Give the space of free clusters back to the filesystem."""
+    for run in runs:
+        file.punch_hole_blocking(run.host_offset, run.cluster_count * cluster_size)
+
+
 def write_header_field(file: ProtocolNode, field_offset: int, field: bytes) -> None:
     """Change a header field, durably."""
     file.write_blocking(field_offset, field)
     file.sync_blocking()
+
+
+def write_last_field(file: ProtocolNode, field_offset: int, field: bytes) -> None:
+    """Change a header field, durably, that tells of all that was written before."""
+    file.sync_blocking()
+    write_header_field(file, field_offset, field)
 
 
 def write_header_change(file: ProtocolNode, change: HeaderChange) -> None:

@@ -13,6 +13,7 @@ Source:   QED specification, "Header".
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
 from blockd.errors import RequestError
+from blockd.filenames import pack_recorded
 from blockd.formats.qed import header as qed_header
 from blockd.formats.qed.header import HEADER_LENGTH, Header
 from blockd.units import SECTOR_SIZE
@@ -76,9 +77,7 @@ def _backing_name(filename: str | None, backing_format: str | None) -> bytes:
         raise RequestError(
             f"The backing file '{filename}' needs its format with it, for example 'qcow2' or 'raw'"
         )
-    if "\0" in filename:
-        raise RequestError("The backing file name has a NUL character in it")
-    return qed_header.encoded_name(filename)
+    return pack_recorded(filename)
 
 
 def _write_image(file: ProtocolNode, header: Header, name: bytes) -> None:

@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from blockd.errors import ErrorKind, ImageError, RequestError
+from blockd.filenames import RECORDED_LENGTH_MAX, pack_recorded, parse_recorded
 from blockd.units import KIB, MIB, SECTOR_SIZE
 
 MAGIC = b"QED\0"
@@ -31,7 +32,6 @@ TABLE_SIZE_MIN, TABLE_SIZE_MAX = 1, 16
 # What a disk can have at all: offsets are signed to the operating system.
 DISK_SIZE_MAX = (1 << 63) - SECTOR_SIZE
 HEADER_SIZE_MAX = (1 << 32) - 1
-BACKING_FILENAME_LENGTH_MAX = 1023
 
 FEATURE_BACKING_FILE = 1 << 0
 FEATURE_NEED_CHECK = 1 << 1
@@ -167,7 +167,7 @@ def _check_bounds(header: Header, name: str) -> None:
     if header.l1_offset < header.first_cluster:
         raise ImageError(f"'{name}': the L1 table offset {header.l1_offset:#x} overlaps the header")
     if header.features & FEATURE_BACKING_FILE:
-        if header.backing_length > BACKING_FILENAME_LENGTH_MAX:
+        if header.backing_length > RECORDED_LENGTH_MAX:
             raise ImageError(
                 f"'{name}': the backing file name is {header.backing_length} bytes long, more than 1023"
             )
@@ -182,7 +182,7 @@ def _check_bounds(header: Header, name: str) -> None:
 
 def with_backing(header: Header, name: bytes) -> Header:
     """Add the backing file's name, as read from `backing_offset`."""
-    return replace(header, backing_filename=name.decode("utf-8", "surrogateescape") or None)
+    return replace(header, backing_filename=parse_recorded(name) or None)
 
 
 # -- packing ----------------------------------------------------------------------------------
@@ -203,17 +203,6 @@ def pack(header: Header) -> bytes:
         header.backing_offset,
         header.backing_length,
     )
-
-
-def encoded_name(filename: str | None) -> bytes:
-    """The bytes of a backing file name.
-
-    Raises:   RequestError: it is too long.
-    """
-    name = (filename or "").encode("utf-8", "surrogateescape")
-    if len(name) > BACKING_FILENAME_LENGTH_MAX:
-        raise RequestError(f"The backing file name is {len(name)} bytes long, more than 1023")
-    return name
 
 
 # -- another backing file -----------------------------------------------------------------------
@@ -238,7 +227,7 @@ def change_backing(
 
     Raises:   RequestError: there is no room for the name, or what is behind the header is not known.
     """
-    name = encoded_name(filename)
+    name = pack_recorded(filename) if filename else b""
     if name and header.compatible:
         raise RequestError(
             f"The image has unknown compatible features {header.compatible:#x}, so that no place for a "

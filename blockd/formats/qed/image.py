@@ -5,20 +5,35 @@ up holds. Writes to clusters that there are go straight to the file; everything 
 in writes.py and fill.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from collections.abc import Mapping as MappingView
 from typing import Self
 
+from blockd.aio import uninterrupted
 from blockd.block.file_events import FileEvent
-from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
-from blockd.block.segments import read_segments, zeroes
+from blockd.block.layers import kinds_told, plan_through
+from blockd.block.node import (
+    BlockNode,
+    Buffer,
+    FillCounts,
+    IsWanted,
+    Labelled,
+    OverlayNode,
+    ProtocolNode,
+    Segment,
+)
+from blockd.block.segments import SourcePlan, read_segments, zeroes
 from blockd.errors import ErrorKind, ImageError, RequestError
-from blockd.extents import Extent, Kind, merged
+from blockd.extents import Extent, Kind, Range
+from blockd.formats.entry_runs import follow
 from blockd.formats.qed.fill import fill
+from blockd.formats.qed.labels import EntryLabels
+from blockd.formats.qed.large_clusters import BUFFER_LENGTH
 from blockd.formats.qed.mapping import UNALLOCATED, ZERO, Page
 from blockd.formats.qed.metadata import Metadata
 from blockd.formats.qed.resize import grow
 from blockd.formats.qed.writes import GuestWrites
+from blockd.formats.scattered import read_clusters_nowait
 from blockd.units import MIB, align_down
 
 # A range of clusters that differ in where they are, or one that would have to be looked up on disk.
@@ -26,9 +41,12 @@ _MIXED = -1
 
 # Larger requests are read with one thread hop: copying this much takes long enough.
 NOWAIT_LENGTH_MAX = 1 * MIB
+# So few clusters are planned run by run, which is faster than to look at all layers at once.
+PLANNED_BY_RUNS_MAX = 16
 
-# How many clusters, and L1 entries, are looked up before others get their turn.
+# How many clusters, one by one or as labels, and L1 entries, are looked up before others get their turn.
 RUN_CLUSTER_COUNT_MAX = 512
+LABEL_COUNT_MAX = 2048
 L1_SCAN_COUNT_MAX = 4096
 
 
@@ -40,6 +58,7 @@ class QedImage(OverlayNode):
     def __init__(self, metadata: Metadata, *, node_name: str, read_only: bool) -> None:
         super().__init__(node_name, metadata.file.filename, metadata.header.size, read_only=read_only)
         self.file = metadata.file
+        self.file.is_longer_allowed = True  # the need-check bit asks who comes after a crash to look for it
         self._use(metadata)
         self._is_closed = False
 
@@ -58,6 +77,7 @@ class QedImage(OverlayNode):
         self._page_bits = metadata.mapping.page_bits
         self._table_bits = metadata.mapping.table_bits
         self._index_mask = metadata.mapping.index_mask
+        self._entry_labels = EntryLabels(header.cluster_size, header.first_cluster)
         self._writes = GuestWrites(self, metadata)
 
     @classmethod
@@ -91,16 +111,14 @@ class QedImage(OverlayNode):
             return _MIXED if self._mapping.l1[offset >> self._table_bits] else UNALLOCATED
         index = (offset >> self._cluster_bits) & self._index_mask
         count = (last >> self._cluster_bits) - (offset >> self._cluster_bits)
-        entry = first = page.entries[index]
+        entry = page.entries[index]
         if count:
             step = self.cluster_size if entry > ZERO else 0
-            for following in page.entries[index + 1 : index + 1 + count]:
-                entry += step
-                if following != entry:
-                    return _MIXED
-        if first > ZERO:
-            self._check_place(offset, first, count + 1)
-        return first
+            if not follow(page.entries[index + 1 : index + 1 + count], entry, step):
+                return _MIXED
+        if entry > ZERO:
+            self._check_place(offset, entry, count + 1)
+        return entry
 
     def _check_place(self, offset: int, entry: int, cluster_count: int) -> None:
         """Refuse to believe an entry that names what cannot be clusters of a guest's data."""
@@ -173,6 +191,8 @@ class QedImage(OverlayNode):
 
     def read_nowait(self, offset: int, length: int) -> Buffer | None:
         entry = self.entry_nowait(offset, length)
+        if entry < 0 and length <= NOWAIT_LENGTH_MAX:
+            return read_clusters_nowait(self, offset, length)
         if entry < 0 or length > NOWAIT_LENGTH_MAX:
             return None
         if entry > ZERO:
@@ -187,10 +207,18 @@ class QedImage(OverlayNode):
         return await read_segments(await self.plan_read(offset, length), length)
 
     async def plan_read(self, offset: int, length: int) -> list[Segment]:
+        if length > PLANNED_BY_RUNS_MAX * self.cluster_size:
+            entry = self.entry_nowait(offset, length)
+            if entry >= 0:
+                return await self._plan_run(offset, length, entry)
+            return await plan_through(self, offset, length)
         segments: list[Segment] = []
         end = offset + length
         while offset < end:
+            backing = self.backing
             for start, count, entry in await self.runs(offset, end - offset):
+                if self.backing is not backing:
+                    break  # what the map has told is true of the one before: look again
                 segments += await self._plan_run(start, count, entry)
                 offset = start + count
         return segments
@@ -199,17 +227,44 @@ class QedImage(OverlayNode):
         if entry > ZERO:
             self.file.announce(FileEvent.READ_AIO)
             return [Segment(length, self.file, entry | offset & self._cluster_mask)]
-        backing = self.backing
-        if entry == ZERO or backing is None or offset >= backing.size:
-            return [Segment(length, None, 0)]
-        self.file.announce(FileEvent.READ_BACKING_AIO)
-        stored = min(length, backing.size - offset)
-        below = await backing.plan_read(offset, stored)
-        return below if stored == length else [*below, Segment(length - stored, None, 0)]
+        return [Segment(length, None, 0)] if entry == ZERO else await self.plan_backing_read(offset, length)
+
+    async def plan_backing_read(self, offset: int, length: int) -> list[Segment]:
+        if self.backing is not None and offset < self.backing.size:
+            self.file.announce(FileEvent.READ_BACKING_AIO)
+        return await super().plan_backing_read(offset, length)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        runs = await self.runs(offset, length)
-        return list(merged(Extent(start, count, _kind(entry)) for start, count, entry in runs))
+        told = await self.labels(offset, length, with_places=False, with_holes=False)
+        return kinds_told(self, told, offset)
+
+    async def labels(self, offset: int, length: int, *, with_places: bool, with_holes: bool) -> Labelled:
+        number = offset >> self._page_bits
+        page = await self._mapping.page(number)
+        if page is None:
+            return Labelled(b"-", 0, offset, offset + self._unmapped_length(offset, length), None)
+        start = align_down(offset, self.cluster_size)
+        end = min(
+            offset + length, (number + 1) << self._page_bits, start + LABEL_COUNT_MAX * self.cluster_size
+        )
+        index = (start >> self._cluster_bits) & self._index_mask
+        entries = page.entries[index : index + ((end - 1 - start) >> self._cluster_bits) + 1]
+        found = self._entry_labels.of(entries, self.file.size, with_places=with_places)
+        if not found:
+            self._check_place(offset, entries[0], 1)
+        end = min(end, start + len(found) * self.cluster_size)
+        return Labelled(found, self.cluster_size, start, end, entries)
+
+    async def place(self, told: Labelled, ranges: Sequence[Range]) -> list[Segment]:
+        segments: list[Segment] = []
+        assert told.entries is not None or not ranges, "what is stored has entries"
+        for offset, length in ranges:
+            entry = told.entries[(offset - told.start) >> self._cluster_bits] if told.entries else UNALLOCATED
+            segments += await self._plan_run(offset, length, entry)
+        return segments
+
+    def announce_backing_read(self) -> None:
+        self.file.announce(FileEvent.READ_BACKING_AIO)
 
     # -- writing ------------------------------------------------------------------------------
 
@@ -236,23 +291,33 @@ class QedImage(OverlayNode):
         self._require_writable()
         await self._writes.discard(offset, length)
 
+    def needs_flush(self) -> bool:
+        return self.metadata.is_marked or self.file.needs_flush()
+
     async def flush(self) -> None:
         if not self.read_only:
             self.file.announce(FileEvent.FLUSH_TO_OS)
             await self.metadata.flush()
 
+    @property
+    def copies_apart(self) -> bool:
+        return self.cluster_size <= BUFFER_LENGTH and self.file.copies_apart
+
     async def fill(
         self,
-        offset: int,
-        length: int,
-        source: list[Segment],
+        ranges: Sequence[Range],
+        source: SourcePlan,
         is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
         self._require_writable()
-        return await fill(self, offset, length, source, is_wanted, keep_cached=keep_cached)
+        return await fill(self, ranges, source, is_wanted, keep_cached=keep_cached)
 
+    async def require_recordable(self, filename: str | None, backing_format: str | None) -> None:
+        await self.metadata.plan_backing(filename, backing_format)
+
+    @uninterrupted
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         self._require_writable()
         await self.metadata.change_backing(filename, backing_format)
@@ -263,6 +328,10 @@ class QedImage(OverlayNode):
         self._require_writable()
         await grow(self, size)
 
+    async def trim(self) -> None:
+        if not self.read_only:
+            await self.metadata.trim()
+
     async def reopen(self, *, read_only: bool) -> None:
         if not self.read_only:
             await self.metadata.settle()
@@ -271,10 +340,11 @@ class QedImage(OverlayNode):
             self._use(await Metadata.load(self.file, read_only=False))
         self.read_only = read_only
 
+    @uninterrupted
     async def close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
-            if not self.read_only:
+            if not self.read_only and self.needs_flush():
                 await self.metadata.settle()
 
     def _require_writable(self) -> None:

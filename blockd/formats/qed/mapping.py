@@ -15,7 +15,6 @@ changes with `take_changes`. A changed page stays in memory until it has been wr
 Source:   QED specification, "Tables".
 """
 
-import asyncio
 import sys
 from array import array
 from bisect import bisect_right, insort
@@ -25,6 +24,7 @@ from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError
 from blockd.formats.qed.header import Header
+from blockd.formats.table_cache import TableCache
 from blockd.units import KIB, MIB
 
 UNALLOCATED: Final = 0
@@ -94,15 +94,14 @@ class Mapping:
         self._file = file
         self._header = header
         self.l1 = l1
-        self.pages: dict[int, Page] = {}
-        self._changed: set[int] = set()
+        self._page_length = min(PAGE_LENGTH_MAX, header.table_length)
+        self.cache: TableCache[Page] = TableCache(CACHE_LENGTH_MAX // self._page_length)
+        self.pages = self.cache.tables
+        self._changed = self.cache.changed
         # L1 indexes of tables that the L1 table on disk does not name yet.
         self._new: set[int] = set()
         # Where tables are, in order: no guest data is ever written there.
         self._tables = array("Q", sorted(entry for entry in l1 if entry))
-        self._load_lock = asyncio.Lock()
-        self._page_length = min(PAGE_LENGTH_MAX, header.table_length)
-        self._page_count_max = CACHE_LENGTH_MAX // self._page_length
         # How many guest offset bits one cluster, page, table covers.
         self.cluster_bits = header.cluster_size.bit_length() - 1
         self.page_bits = self.cluster_bits + (self._page_length // ENTRY_SIZE).bit_length() - 1
@@ -113,29 +112,34 @@ class Mapping:
 
     def page_nowait(self, number: int) -> Page | None:
         """The page if it is in memory, or in the page cache, or new."""
-        page = self.pages.get(number)
-        if page is None and (host_offset := self._place(number)):
-            if self._l1_index(number) in self._new:
-                return self._insert(number, Page(host_offset, array("Q", bytes(self._page_length))))
-            data = self._file.read_nowait(host_offset, self._page_length)
-            if data is not None:
-                page = self._insert(number, Page(host_offset, unpack_entries(data)))
-        return page
+        if not self._place(number):
+            return None
+        return self.cache.load_nowait(number, lambda: self._read_nowait(number))
+
+    def _read_nowait(self, number: int) -> Page | None:
+        host_offset = self._place(number)
+        if self._l1_index(number) in self._new:
+            return Page(host_offset, array("Q", bytes(self._page_length)))
+        data = self._file.read_nowait(host_offset, self._page_length)
+        return None if data is None else Page(host_offset, unpack_entries(data))
 
     async def page(self, number: int) -> Page | None:
         """The page, read if need be; None when the L1 entry says that there is no table.
 
-        Locks:    one page is read at a time, so that a slow reader never brings back old entries.
+        Needs:    what is done with it is done before anything else is waited for: it may be evicted then.
         """
         if (page := self.page_nowait(number)) is not None or not self._place(number):
             return page
-        async with self._load_lock:
-            if (page := self.pages.get(number)) is not None:
-                return page
-            host_offset = self._place(number)
-            self._file.announce(FileEvent.L2_LOAD)
-            data = await self._file.read(host_offset, self._page_length)
-            return self._insert(number, Page(host_offset, unpack_entries(data)))
+        return await self.cache.load(number, lambda: self._read(number))
+
+    async def _read(self, number: int) -> Page:
+        host_offset = self._place(number)
+        self._file.announce(FileEvent.L2_LOAD)
+        return Page(host_offset, unpack_entries(await self._file.read(host_offset, self._page_length)))
+
+    def has_table(self, number: int) -> bool:
+        """Whether there is a table with a page."""
+        return bool(self.l1[self._l1_index(number)])
 
     def _l1_index(self, number: int) -> int:
         return number >> self.table_bits - self.page_bits
@@ -165,14 +169,6 @@ class Mapping:
                 "table inside the file"
             )
 
-    def _insert(self, number: int, page: Page) -> Page:
-        if len(self.pages) >= self._page_count_max:
-            oldest = next((index for index in self.pages if index not in self._changed), None)
-            if oldest is not None:
-                del self.pages[oldest]
-        self.pages[number] = page
-        return page
-
     def is_metadata(self, host_offset: int, length: int) -> bool:
         """Whether any part of a range of the file belongs to the header or to a table."""
         header, end = self._header, host_offset + length
@@ -182,11 +178,6 @@ class Mapping:
             or (header.l1_offset < end and host_offset < header.l1_offset + header.table_length)
             or (last >= 0 and host_offset < self._tables[last] + header.table_length)
         )
-
-    @property
-    def is_under_pressure(self) -> bool:
-        """Whether so many pages wait for a checkpoint that one should come now."""
-        return len(self._changed) * 2 > self._page_count_max
 
     # -- changing -----------------------------------------------------------------------------
 
@@ -224,7 +215,7 @@ class Mapping:
             changes.new_tables.append(TableWrite(end - ENTRY_SIZE, array("Q", [UNALLOCATED])))
             where = self._header.l1_offset + l1_index * ENTRY_SIZE
             changes.l1_entries.append(TableWrite(where, self.l1[l1_index : l1_index + 1]))
-        for number in sorted(self._changed):
+        for number in self.cache.take_changed():
             page = self.pages[number]
             start, end = page.changed_from, page.changed_to
             is_new = self._l1_index(number) in self._new
@@ -232,16 +223,12 @@ class Mapping:
             (changes.new_tables if is_new else changes.updates).append(write)
             changes.taken[number] = (start, end)
             page.changed_from, page.changed_to = len(page.entries), 0
-        # Still counted as changed, so that none is evicted before it is written.
         return changes
 
     def changes_written(self, changes: MappingChanges) -> None:
         """The disk has these changes now."""
         self._new.difference_update(changes.linked)
-        for number in changes.taken:
-            page = self.pages[number]
-            if page.changed_from >= page.changed_to:
-                self._changed.discard(number)
+        self.cache.write_succeeded(changes.taken)
 
     def changes_failed(self, changes: MappingChanges) -> None:
         """The disk may or may not have these changes: they have to be written again."""
@@ -249,3 +236,4 @@ class Mapping:
             page = self.pages[number]
             page.changed_from = min(page.changed_from, start)
             page.changed_to = max(page.changed_to, end)
+        self.cache.write_failed(changes.taken)

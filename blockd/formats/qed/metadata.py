@@ -3,15 +3,17 @@
 import asyncio
 import struct
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from blockd.aio import Coalesced, in_thread
+from blockd.aio import Coalesced, in_thread, uninterrupted
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError, RequestError
+from blockd.formats.early_read import read_early
 from blockd.formats.qed import checkpoint
 from blockd.formats.qed import header as headers
 from blockd.formats.qed.allocator import Allocator, Run
+from blockd.formats.qed.copy_places import CopyPlaces
 from blockd.formats.qed.header import FEATURE_NEED_CHECK, Header
 from blockd.formats.qed.mapping import ENTRY_SIZE, Mapping, Page, unpack_entries
 from blockd.formats.qed.repair import recover
@@ -31,6 +33,9 @@ class Metadata:
         self.header = header
         self.mapping = Mapping(file, header, l1)
         self.allocator = Allocator(file, header.cluster_size, free)
+        self.copy_places = CopyPlaces(self.allocator)
+        # Whether the header asks for a check on disk. Nothing is allocated before it does.
+        self.is_marked = header.needs_check
         self.lock = asyncio.Lock()
         # Make everything that was written before the call durable, maps included.
         self.flush = Coalesced(self._flush)
@@ -68,62 +73,101 @@ class Metadata:
     # -- checkpoints --------------------------------------------------------------------------
 
     async def relieve(self) -> None:
-        """Make a checkpoint when too much waits for one; call before adding to what waits."""
-        if self.is_under_pressure:
+        """Prepare for changes: call before allocating, and before adding to what waits for a checkpoint."""
+        if not self.is_marked:
+            await self._mark()
+        if self.mapping.cache.is_under_pressure:
             await self.flush()
 
     @property
-    def is_under_pressure(self) -> bool:
-        """Whether a checkpoint is due."""
-        return self.mapping.is_under_pressure
+    def needs_relief(self) -> bool:
+        """Whether `relieve` has something to do."""
+        return not self.is_marked or self.mapping.cache.is_under_pressure
+
+    @uninterrupted
+    async def _mark(self) -> None:
+        """Let the header ask, durably, for a check of whoever opens the image after a crash."""
+        async with self.lock:
+            if not self.is_marked:
+                features = self.header.features | FEATURE_NEED_CHECK
+                await self._set_features(checkpoint.write_header_field, features)
+                self.is_marked = True
+
+    @uninterrupted
+    async def _set_features(self, write: Callable[[ProtocolNode, int, bytes], None], features: int) -> None:
+        await in_thread(write, self.file, headers.FEATURES_FIELD, struct.pack("<Q", features))
+        self.header = replace(self.header, features=features)
 
     async def _flush(self) -> None:
         async with self.lock:
             await self.checkpoint_locked()
 
+    @uninterrupted
     async def checkpoint_locked(self) -> None:
         """Write all changes in order.
 
         Fails to: nothing is lost in memory; the next checkpoint writes it again.
         """
         maps = self.mapping.take_changes()
-        header = self.header
-        if header.backing_filename is None and not maps.is_empty:
-            header = replace(header, features=header.features | FEATURE_NEED_CHECK)
-        is_marking = header.features != self.header.features
-        features = _packed_features(header) if is_marking else None
         try:
-            await in_thread(checkpoint.write_checkpoint, self.file, features, maps)
+            await in_thread(checkpoint.write_checkpoint, self.file, maps)
         except BaseException:
             self.mapping.changes_failed(maps)
             raise
-        self.header = header
         self.mapping.changes_written(maps)
 
+    async def trim(self) -> None:
+        """Cut free clusters off at the end of the file, and give back the space of the others.
+
+        Needs:    nothing is in flight.
+        Fails to: the file is as it was, or less of it takes space; all of it can be used as before.
+        """
+        async with self.lock:
+            await self._trim_locked()
+
+    @uninterrupted
+    async def _trim_locked(self) -> None:
+        end = self.allocator.used_end()
+        if end < self.file.size:
+            await in_thread(self.file.truncate_blocking, end)
+        self.allocator.cut(end)
+        await in_thread(self.file.trim_blocking, end)
+        if free := self.allocator.free:
+            await in_thread(checkpoint.punch, self.file, free, self.header.cluster_size)
+
+    @uninterrupted
     async def settle(self) -> None:
-        """Leave the file as if nobody had ever had it open: no free clusters at its end, no need to check.
+        """Leave the file as if nobody had ever had it open: no free clusters, no need to check.
+
+        QED has no list of free clusters. Those amid others are found again by a check alone, so the header
+        goes on asking for one.
 
         Needs:    nothing is in flight.
         """
         async with self.lock:
             await self.checkpoint_locked()
-            end = self.allocator.trim()
-            if end is not None:
-                await in_thread(self.file.truncate_blocking, end)
-            if self.header.needs_check:
-                header = replace(self.header, features=self.header.features & ~FEATURE_NEED_CHECK)
-                field = _packed_features(header)
-                await in_thread(checkpoint.write_header_field, self.file, headers.FEATURES_FIELD, field)
-                self.header = header
+            await self._trim_locked()
+            if self.header.needs_check and not self.allocator.free:
+                features = self.header.features & ~FEATURE_NEED_CHECK
+                await self._set_features(checkpoint.write_last_field, features)
+                self.is_marked = False
 
     # -- changing the header ------------------------------------------------------------------
 
+    async def plan_backing(self, filename: str | None, backing_format: str | None) -> headers.HeaderChange:
+        """How the header is to record another backing file.
+
+        Raises:   RequestError: there is no room for its name.
+        """
+        current = bytes(await self.file.read(0, SECTOR_SIZE))
+        return headers.change_backing(current, self.header, filename, backing_format)
+
+    @uninterrupted
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         """Make everything durable, then record another backing file, durably."""
         async with self.lock:
             await self.checkpoint_locked()
-            current = bytes(await self.file.read(0, SECTOR_SIZE))
-            change = headers.change_backing(current, self.header, filename, backing_format)
+            change = await self.plan_backing(filename, backing_format)
             await in_thread(checkpoint.write_header_change, self.file, change)
             self.header = change.header
 
@@ -147,6 +191,7 @@ class Metadata:
             if count > present:
                 self.mapping.extend_l1(await load_l1(self.file, self.header, present, count))
 
+    @uninterrupted
     async def set_size(self, size: int) -> None:
         """Record another virtual size, durably."""
         async with self.lock:
@@ -161,14 +206,14 @@ async def load_header(file: ProtocolNode) -> Header:
 
     Raises:   ImageError: not a QED image, or a field that is wrong or not supported.
     """
-    first_sector = await file.read(0, SECTOR_SIZE) if file.size >= SECTOR_SIZE else b""
+    first_sector = await read_early(file, 0, SECTOR_SIZE) if file.size >= SECTOR_SIZE else b""
     header = headers.parse(bytes(first_sector), file.filename)
     if header.l1_offset + header.table_length > file.size:
         raise ImageError(
             f"'{file.filename}': the L1 table at {header.l1_offset:#x} runs past the end of the file"
         )
     if header.features & headers.FEATURE_BACKING_FILE and header.backing_length:
-        name = bytes(await file.read(header.backing_offset, header.backing_length))
+        name = bytes(await read_early(file, header.backing_offset, header.backing_length))
         header = headers.with_backing(header, name)
     return header
 
@@ -177,9 +222,5 @@ async def load_l1(file: ProtocolNode, header: Header, start: int, end: int) -> "
     """Read a range of the entries of the L1 table."""
     if start == end:
         return array("Q")
-    data = await file.read(header.l1_offset + start * ENTRY_SIZE, (end - start) * ENTRY_SIZE)
+    data = await read_early(file, header.l1_offset + start * ENTRY_SIZE, (end - start) * ENTRY_SIZE)
     return unpack_entries(data)
-
-
-def _packed_features(header: Header) -> bytes:
-    return struct.pack("<Q", header.features)

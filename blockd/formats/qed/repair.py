@@ -1,7 +1,8 @@
 """Repair a QED image: take entries out that name nothing, give back what no table names.
 
     1  bad entries become unallocated       sync
-    2  need-check bit cleared               sync
+    2  space of leaks given back            sync    (not if the entries are still wrong)
+    3  need-check bit cleared               sync
 
 A crash between any two writes leaves an image that still needs a check, and the next one goes on. A
 cluster that two entries name cannot be repaired, for nobody knows whose it is: the bit stays then.
@@ -35,9 +36,11 @@ async def repair(file: ProtocolNode, what: Repair) -> CheckReport:
     """
     found = await examine(file)
     if what is Repair.ALL:
-        await _repair_tables(file, found)
+        await _repair_entries(file, found)
     if not found.report.corruptions:
         await in_thread(_give_back, file, found)
+        if what is Repair.ALL:
+            await _finish(file, found)
     return found.report
 
 
@@ -47,7 +50,7 @@ async def recover(file: ProtocolNode) -> list[Run]:
     Raises:   ImageError: there is damage that cannot be repaired.
     """
     found = await examine(file)
-    await _repair_tables(file, found)
+    await _repair_entries(file, found)
     report = found.report
     if report.corruptions:
         # Of very many only the first are described, and those may be just the ones that were repaired.
@@ -56,18 +59,23 @@ async def recover(file: ProtocolNode) -> list[Run]:
             f"'{file.filename}' was not closed cleanly and has {report.corruptions} errors in its tables "
             f"that cannot be repaired{first}; it can be opened read-only"
         )
-    return [Run(offset, count) for offset, count in found.leaks[:_LEAK_COUNT_MAX]]
+    left = await in_thread(_give_back, file, found)
+    await _finish(file, found)
+    return left[:_LEAK_COUNT_MAX]
 
 
-async def _repair_tables(file: ProtocolNode, found: Found) -> None:
+async def _repair_entries(file: ProtocolNode, found: Found) -> None:
     await in_thread(_clear_entries, file, found.bad_entries)
     report, repaired = found.report, set(found.bad_entries)
     report.corruptions -= len(repaired)
     report.corruptions_fixed += len(repaired)
     report.findings = [finding for finding in report.findings if finding.offset not in repaired]
-    if report.is_dirty and not report.corruptions:
+
+
+async def _finish(file: ProtocolNode, found: Found) -> None:
+    if found.report.is_dirty:
         await in_thread(_mark_clean, file)
-        report.is_dirty = False
+        found.report.is_dirty = False
 
 
 def _clear_entries(file: ProtocolNode, offsets: Iterable[int]) -> None:
@@ -82,9 +90,10 @@ def _mark_clean(file: ProtocolNode) -> None:
     file.sync_blocking()
 
 
-def _give_back(file: ProtocolNode, found: Found) -> None:
-    """Give back the space of leaked clusters; those at the end are leaks no more."""
+def _give_back(file: ProtocolNode, found: Found) -> list[Run]:
+    """Give back the space of leaked clusters; those at the end are leaks no more. Returns the others."""
     report, size = found.report, read_header(file).cluster_size
+    left: list[Run] = []
     for offset, count in reversed(found.leaks):
         if offset >= report.image_end_offset:
             file.truncate_blocking(offset)
@@ -92,4 +101,6 @@ def _give_back(file: ProtocolNode, found: Found) -> None:
             report.leaks_fixed += count
         else:
             file.punch_hole_blocking(offset, count * size)
+            left.append(Run(offset, count))
     file.sync_blocking()
+    return left

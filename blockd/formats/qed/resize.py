@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from blockd.aio import uninterrupted
 from blockd.errors import RequestError
 from blockd.units import SECTOR_SIZE, align_up
 
@@ -25,7 +26,12 @@ async def grow(image: "QedImage", size: int) -> None:
     cluster_end = min(size, align_up(old_size, image.cluster_size))
     if old_size < cluster_end:
         await image.write_zeroes(old_size, cluster_end - old_size)
-    if image.backing is not None and cluster_end < min(size, image.backing.size):
-        await image.write_zeroes(cluster_end, min(size, image.backing.size) - cluster_end)
+    if cluster_end < (backed_end := image.backed_end(size)):
+        await image.write_zeroes(cluster_end, backed_end - cluster_end)
+    await _set_size(image, size)
+
+
+@uninterrupted
+async def _set_size(image: "QedImage", size: int) -> None:
     await image.metadata.set_size(size)
     image.size = size

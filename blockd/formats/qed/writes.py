@@ -8,6 +8,7 @@ Zeroes and discards leave clusters where they are and punch holes into them: the
 the map stays, and no cluster leaks, for a QED image has no list of free ones.
 """
 
+import asyncio
 from typing import TYPE_CHECKING
 
 from blockd.aio import in_thread
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # One allocating write at most, so that the copy of its edges and the wait behind it stay short.
 ALLOCATING_WRITE_LENGTH_MAX = BUFFER_LENGTH
+# How many clusters are zeroed before others get their turn.
+ZEROED_AT_ONCE_MAX = 1024
 
 
 class GuestWrites:
@@ -58,7 +61,7 @@ class GuestWrites:
         page = self._mapping.pages.get(number)
         if page is None or offset + len(data) > start + self._cluster_size:
             return False
-        if page.entries[self._index(start)] > ZERO or self._metadata.is_under_pressure:
+        if page.entries[self._index(start)] > ZERO or self._metadata.needs_relief:
             return False
         content = self._merged_nowait(start, offset, data)
         if content is None:
@@ -195,13 +198,15 @@ class GuestWrites:
             start += length
 
     def _reads_as_zero(self, entry: int) -> bool:
-        return entry == ZERO or (entry == UNALLOCATED and self._image.backing is None)
+        return entry == ZERO or (entry == UNALLOCATED and not self._image.is_backed)
 
     async def _zero_clusters(self, start: int, end: int, *, unmap: bool) -> None:
-        """Make whole clusters read as zeroes, page by page."""
+        """Make whole clusters read as zeroes, a part of a page at a time, with others' turns between."""
         while start < end:
             number = start >> self._mapping.page_bits
-            piece_end = min(end, (number + 1) << self._mapping.page_bits)
+            piece_end = start + ZEROED_AT_ONCE_MAX * self._cluster_size
+            piece_end = min(end, (number + 1) << self._mapping.page_bits, piece_end)
+            await asyncio.sleep(0)
             await self._metadata.relieve()
             async with self.ranges.held(start, align_up(piece_end, self._cluster_size)):
                 await self._zero_page(number, start, piece_end, unmap=unmap)
@@ -214,7 +219,7 @@ class GuestWrites:
         """
         page = await self._mapping.page(number)
         end = align_up(end, self._cluster_size)
-        is_backed = self._image.backing is not None
+        is_backed = self._image.is_backed
         if page is None and not is_backed:
             return
         page = await self._metadata.writable_page(number)
@@ -226,12 +231,12 @@ class GuestWrites:
             elif entry == UNALLOCATED and is_backed:
                 zero_entries = [ZERO] * (length >> self._mapping.cluster_bits)
                 self._mapping.set_entries(number, page, self._index(offset), zero_entries)
-        for host_offset, length in stored:
-            await self._zero_in_place(host_offset, length, unmap=unmap)
+        if stored and unmap:
+            await in_thread(self._punch_blocking, stored)
+        elif stored:
+            for host_offset, length in stored:
+                await self._image.file.write_zeroes(host_offset, length, unmap=False)
 
-    async def _zero_in_place(self, host_offset: int, length: int, *, unmap: bool) -> None:
-        file = self._image.file
-        if unmap:
-            await in_thread(file.punch_hole_blocking, host_offset, length)
-        else:
-            await file.write_zeroes(host_offset, length, unmap=False)
+    def _punch_blocking(self, stored: list[tuple[int, int]]) -> None:
+        for host_offset, length in stored:
+            self._image.file.punch_hole_blocking(host_offset, length)

@@ -35,13 +35,18 @@ async def create(
         for offset in range(0, size, _HOP_SIZE):
             await in_thread(_write_zeroes, file, offset, min(_HOP_SIZE, size - offset))
     elif preallocation == "falloc" and size:
-        await in_thread(file.allocate_blocking, 0, size)
+        await in_thread(_allocate, file, size)
     await in_thread(_set_length, file, size)
 
 
 def _write_zeroes(file: ProtocolNode, offset: int, length: int) -> None:
     for start in range(offset, offset + length, _CHUNK):
         file.write_blocking(start, bytes(min(_CHUNK, offset + length - start)))
+
+
+def _allocate(file: ProtocolNode, size: int) -> None:
+    if not file.allocate_blocking(0, size):
+        file.write_zeroes_blocking(0, size)
 
 
 def _set_length(file: ProtocolNode, size: int) -> None:

@@ -5,20 +5,19 @@ this is an overlay for the time of one copy, and a plain file afterwards. An ima
 has to outlive a crash half copied, needs an add-cow file beside it instead.
 """
 
-from collections.abc import Mapping
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from itertools import islice
 
 from blockd.block.node import BlockNode, Buffer, FillCounts, IsWanted, OverlayNode, ProtocolNode, Segment
-from blockd.block.segments import read_segments
+from blockd.block.segments import SourcePlan, read_segments
 from blockd.errors import ErrorKind, RequestError
-from blockd.extents import Extent, Kind, merged
-from blockd.formats.copying import Part, Target, split_zeroes
-from blockd.units import align_up
+from blockd.extents import Extent, Kind, Range, RangeSet
+from blockd.formats.copying import Part, Target, empty_ranges, split_zeroes
 
 CLUSTER_SIZE = 65536
 
-# How many clusters are looked up before others get their turn.
-RUN_CLUSTER_COUNT_MAX = 4096
+# How many ranges that are there already are told at once.
+PRESENT_COUNT_MAX = 512
 
 
 class RawTarget(OverlayNode):
@@ -36,7 +35,7 @@ class RawTarget(OverlayNode):
         self.backing = backing
         self.backing_filename = backing.filename
         self.backing_format = None
-        self._is_present = bytearray(align_up(self.size, CLUSTER_SIZE) // CLUSTER_SIZE)
+        self._present = RangeSet()
 
     def children(self) -> Mapping[str, BlockNode]:
         return {"file": self.file}
@@ -62,14 +61,15 @@ class RawTarget(OverlayNode):
         return segments
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        end = min(offset + length, align_up(offset + 1, CLUSTER_SIZE) + RUN_CLUSTER_COUNT_MAX * CLUSTER_SIZE)
-        borders = [offset, *range(align_up(offset + 1, CLUSTER_SIZE), end, CLUSTER_SIZE), end]
-        return list(
-            merged(Extent(start, border - start, self._kind(start)) for start, border in pairwise(borders))
-        )
-
-    def _kind(self, offset: int) -> Kind:
-        return Kind.DATA if self._is_present[offset // CLUSTER_SIZE] else Kind.UNALLOCATED
+        end, extents = offset + length, []
+        for start, stop in islice(self._present.clipped(offset, end), PRESENT_COUNT_MAX):
+            if offset < start:
+                extents.append(Extent(offset, start - offset, Kind.UNALLOCATED))
+            extents.append(Extent(start, stop - start, Kind.DATA))
+            offset = stop
+        if offset < end and len(extents) < PRESENT_COUNT_MAX:
+            extents.append(Extent(offset, end - offset, Kind.UNALLOCATED))
+        return extents
 
     def kind_nowait(self, offset: int, length: int) -> Kind | None:
         return None
@@ -78,28 +78,28 @@ class RawTarget(OverlayNode):
 
     async def fill(
         self,
-        offset: int,
-        length: int,
-        source: list[Segment],
+        ranges: Sequence[Range],
+        source: SourcePlan,
         is_wanted: IsWanted,
         *,
         keep_cached: bool = False,
     ) -> FillCounts:
         parts, zeroed = [], 0
-        for extent in await self.map(offset, length):
-            if extent.kind is Kind.DATA:
-                continue
-            for start, end, is_zero in split_zeroes(self, extent.offset, extent.end, offset, source):
-                if is_zero:
-                    zeroed += end - start  # a hole already
-                else:
-                    parts.append(Part.at(start, end - start, start))
-        zero_clusters = await Target(self.file, CLUSTER_SIZE, keep_cached).copy(parts, offset, source)
-        first, last = offset // CLUSTER_SIZE, align_up(offset + length, CLUSTER_SIZE) // CLUSTER_SIZE
-        self._is_present[first:last] = b"\1" * (last - first)
+        empty = [(start, min(end, self.size)) for start, end in await empty_ranges(self, ranges)]
+        for start, end, is_zero in split_zeroes(self, empty, source):
+            if is_zero:
+                zeroed += end - start  # a hole already
+            else:
+                parts.append(Part.at([(start, end)], start))
+        zero_clusters = await Target(self.file, CLUSTER_SIZE, keep_cached).copy(parts, source)
+        for start, end in empty:
+            self._present.add(start, end)
         found_zero = sum(min(CLUSTER_SIZE, self.size - cluster) for cluster in zero_clusters)
         copied = sum(part.length for part in parts) - found_zero
         return FillCounts(copied, zeroed + found_zero, 0)
+
+    async def require_recordable(self, filename: str | None, backing_format: str | None) -> None:
+        """Nothing is recorded."""
 
     async def change_backing(self, filename: str | None, backing_format: str | None) -> None:
         await self.flush()

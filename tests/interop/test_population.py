@@ -1,0 +1,11 @@
+"""What blockd says of images that QEMU's tools have worked on is what qemu-img says, for a few of them."""
+
+import pytest
+
+from tests.interop.population import find_differences
+
+
+@pytest.mark.parametrize("first", [0, 9, pytest.param(1000, marks=pytest.mark.slow)])
+async def test_verdicts_are_those_of_qemu_img(first: int) -> None:
+    found, _ = await find_differences(range(first, first + (60 if first == 1000 else 3)))
+    assert found == []

@@ -1,0 +1,1 @@
+"""How images are named: given, recorded, read, and found again."""
