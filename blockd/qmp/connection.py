@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 from blockd.freed_memory import give_back_soon
 from blockd.qmp.envelope import greeting, is_out_of_band
 from blockd.qmp.events import EventBus
-from blockd.qmp.late_commands import loading
 from blockd.qmp.session import Session
 from blockd.units import KIB, MIB
 from blockd.wire.qmp import Message, Value
@@ -99,12 +98,10 @@ class Connection(Generic[Context]):
         if self._negotiation_timeout_s is not None:
             self._after(self._negotiation_timeout_s, self._disconnect_unless_negotiated)
         try:
-            # Its grammar is compiled when there is somebody to listen to, and that one is greeted already.
-            with loading("the JSON reader"):
-                from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415
+            reader = await self._session.commands.reader()
             with self._events.listening(self._on_event):
                 async with asyncio.TaskGroup() as group:
-                    receiver = group.create_task(self._receive(JsonReader()))
+                    receiver = group.create_task(self._receive(reader))
                     await self._execute()
                     await self._flush()
                     receiver.cancel()

@@ -1,9 +1,9 @@
-"""The commands of a server, which come after its greeting.
+"""What a server needs after its greeting: the reader of requests, and the commands.
 
-What commands take and return is slow to load: it is a hundred models and the library that makes them. A
-daemon that has to be up quickly listens and greets without them, and loads them in a thread then, so that
-guests wait for turns of that thread only, which are milliseconds. A request that comes before the commands
-are there waits for all of it.
+What commands take and return is slow to load: it is a hundred models and the library that makes them; the
+reader's grammar is compiled. A daemon that has to be up quickly listens and greets without them, and loads
+them in a thread then, so that guests wait for turns of that thread only, which are milliseconds. A request
+that comes before the commands are there waits for all of it.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from blockd.errors import BlockdError
 if TYPE_CHECKING:
     from blockd.qmp.session import Session
     from blockd.qmp.table import CommandTable
+    from blockd.wire.qmp.reader import JsonReader
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,9 @@ class LateCommands(Generic[Context]):
     def __init__(self, load: "Callable[[], CommandTable[Context]]") -> None:
         self._load = load
         self._loading = asyncio.Lock()
+        self._loading_reader = asyncio.Lock()
         self._tables: Tables[Context] | None = None
+        self._reader: type[JsonReader] | None = None
 
     async def tables(self) -> Tables[Context]:
         """Return the commands, loaded by then.
@@ -56,15 +59,32 @@ class LateCommands(Generic[Context]):
                 self._tables = await in_thread(self._load_all)
             return self._tables
 
+    async def reader(self) -> "JsonReader":
+        """Return a new reader of requests, whose module is loaded once, when somebody first listens.
+
+        Raises:   BlockdError: it could not be loaded; the next call tries again.
+        """
+        async with self._loading_reader:
+            if self._reader is None:
+                self._reader = await in_thread(_load_reader)
+            return self._reader()
+
     def _load_all(self) -> Tables[Context]:
-        with loading("the commands"):
+        with _loading("the commands"):
             from blockd.qmp.session_commands import SESSION_COMMANDS  # noqa: PLC0415
 
             return Tables(self._load(), SESSION_COMMANDS)
 
 
+def _load_reader() -> "type[JsonReader]":
+    with _loading("the JSON reader"):
+        from blockd.wire.qmp.reader import JsonReader  # noqa: PLC0415
+
+        return JsonReader
+
+
 @contextmanager
-def loading(what: str) -> Iterator[None]:
+def _loading(what: str) -> Iterator[None]:
     """Imports that come late.
 
     Raises:   BlockdError: no descriptor or memory was left for them, or an upgrade of blockd is half done:

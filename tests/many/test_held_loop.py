@@ -23,7 +23,7 @@ SNAPSHOT_COUNT = 20
 BUSY_FACTOR = 2
 # The pauses of a virtual machine count as processor time of whoever had the processor: to blame is what holds
 # the loop each time.
-ROUND_COUNT = 3
+ROUND_COUNT = 5
 READ_LENGTH = 128 * KIB
 
 
