@@ -10,10 +10,12 @@ import random
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from blockd.block.housekeeping import Housekeeping
 from blockd.block.node import BlockNode, OverlayNode
 from blockd.extents import Kind
 from blockd.formats.raw.image import RawImage
@@ -26,6 +28,7 @@ from tests.crash.scene import small_pieces
 from tests.crash.variants import past_disk
 from tests.inline_threads import steps
 from tests.model_oracle import Oracle
+from tests.planted_leaks import plant_leaks, searched_in_small_steps
 from tests.scheduled_threads import RandomThreads, scheduled
 from tests.streaming import Streaming, check, open_overlay, overlay, streaming
 
@@ -70,6 +73,7 @@ class ModelLife:
         cold_share: float,
         has_backing: bool = False,
         has_snapshot: bool = False,
+        has_leaks: bool = False,
     ) -> None:
         self.rng = random.Random(seed)
         self.seed = seed
@@ -82,6 +86,8 @@ class ModelLife:
         self.oracle = Oracle([*windows, range(self.size - reach, self.size)])
         self.has_backing = has_backing
         self.has_snapshot = has_snapshot
+        # Whether each round begins with leaks, which are looked for beside the guests.
+        self.has_leaks = has_leaks
         # What the internal snapshot holds, by window.
         self.snapshot: dict[int, bytes] = {}
         self.would_wait = coldness(random.Random(seed), cold_share)
@@ -102,7 +108,11 @@ class ModelLife:
 
         Raises:   AssertionError: something is not as it should be; says the seed.
         """
-        with scheduled(RandomThreads(self.rng)), small_pieces(4 * self.unit):
+        with ExitStack() as stack:
+            stack.enter_context(scheduled(RandomThreads(self.rng)))
+            stack.enter_context(small_pieces(4 * self.unit))
+            if self.has_leaks:
+                stack.enter_context(searched_in_small_steps())
             await self._build()
             if self.has_snapshot:
                 await self._take_snapshot()
@@ -159,7 +169,11 @@ class ModelLife:
     # -- a round: open, use, close, compare -----------------------------------------------------
 
     async def _round(self) -> None:
+        if self.has_leaks:
+            self.counts["leaks"] += plant_leaks(self.file, self.rng)
         active = await self._open(self.file)
+        search = active.begin_housekeeping() if isinstance(active, Housekeeping) else None
+        searching = None if search is None else asyncio.ensure_future(search())
         async with streaming(active) as self.disk:
             async with asyncio.TaskGroup() as tasks:
                 for _ in range(GUEST_COUNT):
@@ -168,9 +182,14 @@ class ModelLife:
             await self._end_stream()
             await self._attach()
             await self._compare(self.disk.root.top, self.oracle)
+            if is_cut_short := searching is not None and self.rng.random() < 0.2:
+                self.counts["searches cut short"] += 1
+            elif searching is not None:
+                await searching
         await self.disk.active.close()
         # Free clusters inside a QED file are leaks: it has no list of them.
-        await self._check(self.file, leaks=None if self.shape.image_format == "qed" else 0)
+        may_leak = is_cut_short or self.shape.image_format == "qed"
+        await self._check(self.file, leaks=None if may_leak else 0)
         await self._compare(await self._open(self.file.again(), read_only=True), self.oracle)
         self.counts["reopened"] += 1
 

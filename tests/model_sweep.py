@@ -36,6 +36,11 @@ class Kind(NamedTuple):
     has_snapshot: bool
     cold_share: float
 
+    @property
+    def may_leak(self) -> bool:
+        """Whether leaks are looked for beside guests."""
+        return SHAPES[self.shape].image_format == "qcow2"
+
 
 def _kinds() -> Iterator[Kind]:
     for cold_share in (1.0, 0.5):
@@ -61,6 +66,7 @@ def live(seed: int, operation_count: int = OPERATIONS_PER_LIFE) -> Counter[str]:
         has_backing=kind.has_backing,
         has_snapshot=kind.has_snapshot,
         cold_share=kind.cold_share,
+        has_leaks=kind.may_leak and seed // len(KINDS_OF_LIVES) % 2 == 1,
     )
     try:
         asyncio.run(life.live(operation_count))

@@ -203,6 +203,7 @@ def memory_follows_threads(module: Module) -> Iterator[str]:
 
 # Where any exception at all is caught on purpose: a supervisor keeps the daemon alive, and says why.
 SUPERVISORS: dict[str, str] = {
+    "blockd/block/housekeeping.py": "a bug in what images do beside guests ends no disk of them",
     "blockd/jobs/job.py": "a bug in a job ends that job, and its completion event says so",
     "blockd/daemon/left_out.py": "a bug met by one thing that is restored does not keep the rest from being",
     "blockd/daemon/recorder.py": "a bug in the last journal does not keep images from being closed",

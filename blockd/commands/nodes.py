@@ -149,4 +149,4 @@ async def block_resize(services: Services, arguments: BlockResizeArguments) -> N
             try:
                 await node.resize(arguments.size)
             finally:
-                services.graph.refresh_filters(unfiltered(node))
+                services.graph.nodes.refresh_filters(unfiltered(node))

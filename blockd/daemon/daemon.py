@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from blockd.aio import in_thread, thread_calls
+from blockd.aio import in_thread, task_group, thread_calls
+from blockd.block.housekeeping import Housekeeper
 from blockd.block.image_paths import ImagePaths
 from blockd.commands.context import Services
 from blockd.commands.telling import EventTeller
@@ -202,7 +203,8 @@ class Daemon:
         events = EventBus()
         objects = Objects()
         image_paths = await in_thread(ImagePaths, self._image_paths(config))
-        graph = NodeGraph(image_paths, objects.throttle_group)
+        housekeeper = Housekeeper(await stack.enter_async_context(task_group()))
+        graph = NodeGraph(image_paths, objects.throttle_group, housekeeper.begin)
         stack.push_async_callback(graph.close)
         tasks = await stack.enter_async_context(asyncio.TaskGroup())
         devices = Devices(graph)

@@ -202,7 +202,7 @@ class Reopen(Change):
 
     def _move_part(self, node: RawPart, part: Part) -> None:
         node.move(part)
-        self._graph.refresh_filters(node)
+        self._graph.nodes.refresh_filters(node)
 
     # -- what stands below --------------------------------------------------------------------
 

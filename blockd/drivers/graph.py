@@ -52,7 +52,9 @@ class NodeGraph:
         self,
         paths: ImagePaths | None = None,
         find_throttle_group: Callable[[str], ThrottleGroup] | None = None,
+        on_opened: Callable[[BlockNode], None] = lambda _: None,
     ) -> None:
+        """`on_opened` is told of each node that was opened, or reopened, before anybody uses it."""
         self.image_paths = paths or ImagePaths()
         self.find_throttle_group = find_throttle_group or _no_throttle_group
         self._nodes = Nodes()
@@ -65,6 +67,7 @@ class NodeGraph:
         self._suspects: dict[BlockNode, None] = {}
         # Only one change at a time: what an opening has checked still holds when it is done.
         self._lock = asyncio.Lock()
+        self._on_opened = on_opened
         self._generated_names = self._generate_names()
         # What each node was told that was opened by options, and which were told to be read-only.
         self._options: dict[str, Options] = {}
@@ -286,6 +289,7 @@ class NodeGraph:
                 raise
             for opened in opening.opened:
                 self._nodes.add(opened)
+                self._on_opened(opened)
             self._suspects.update((node, None) for node in opening.opened if not self.parents(node))
             self._options.update(opening.options)
             self._told_read_only |= opening.told_read_only
@@ -312,9 +316,10 @@ class NodeGraph:
                 await self._nodes.locks.take(self.permissions.require(plan=plan))
                 try:
                     await self._reopen(plan.read_only, read_only)
+                    self._on_opened(image)
                 finally:
                     self._nodes.refresh(*plan.read_only)
-                    self.refresh_filters(image)
+                    self._nodes.refresh_filters(image)
 
     def _check_may_write(self, image: BlockNode) -> None:
         for role, below in image.children().items():
@@ -342,14 +347,6 @@ class NodeGraph:
                 await node.reopen(read_only=read_only)
                 undo.push_async_callback(node.reopen, read_only=not read_only)
             undo.pop_all()
-
-    def refresh_filters(self, node: BlockNode) -> None:
-        """Let the filters in front of a node know what became of it."""
-        for parent, _ in self.parents(node):
-            if isinstance(parent, FilterNode):
-                parent.stand_before(node)
-                self._nodes.refresh(parent)
-                self.refresh_filters(parent)
 
     # -- using --------------------------------------------------------------------------------
 
@@ -400,7 +397,7 @@ class NodeGraph:
             parent.stand_before(child)
         self._nodes.refresh(parent)
         if role != "backing":
-            self.refresh_filters(parent)
+            self._nodes.refresh_filters(parent)
 
     # -- closing ------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 
-from blockd.block.node import BlockNode
+from blockd.block.node import BlockNode, FilterNode
 from blockd.drivers.locking import FileLocks
 from blockd.drivers.permissions import Permissions
 from blockd.protocols.file import FileNode
@@ -99,6 +99,14 @@ class Nodes(Mapping[str, BlockNode]):
                 _note(self._files, node, is_in=True)
                 _note(self._writers, node, is_in=not node.read_only)
         self.permissions.uses.settle(nodes)
+
+    def refresh_filters(self, node: BlockNode) -> None:
+        """Let the filters in front of a node know what became of it."""
+        for parent, _ in self.parents(node):
+            if isinstance(parent, FilterNode):
+                parent.stand_before(node)
+                self.refresh(parent)
+                self.refresh_filters(parent)
 
     def _link(self, node: BlockNode, below: dict[str, BlockNode]) -> None:
         for role, child in self._below.get(node, {}).items():

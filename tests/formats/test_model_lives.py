@@ -11,6 +11,14 @@ def test_short_lives(seed: int) -> None:
     assert counts["lives"]
 
 
+@pytest.mark.parametrize(
+    "number", range(len(KINDS_OF_LIVES) // 2), ids=lambda number: KINDS_OF_LIVES[number].shape
+)
+def test_short_lives_with_leaks(number: int) -> None:
+    counts = live(len(KINDS_OF_LIVES) + number, 100)
+    assert counts["leaks"] or not KINDS_OF_LIVES[number].may_leak
+
+
 # What they have found: 5008 a stream that could not see what a table with extended entries maps.
 @pytest.mark.parametrize("seed", [5008])
 def test_lives_that_have_found_something(seed: int) -> None:

@@ -17,10 +17,8 @@ Source: qcow2 specification, "Host cluster management".
 """
 
 import asyncio
-import contextlib
 import itertools
 from array import array
-from collections import Counter, deque
 from collections.abc import Iterator
 
 from blockd.aio import Turns
@@ -29,11 +27,12 @@ from blockd.block.node import ProtocolNode
 from blockd.formats.qcow2.corruption import Corruption
 from blockd.formats.qcow2.header import Header
 from blockd.formats.qcow2.mapping import TableWrite
+from blockd.formats.qcow2.plans import Plans
 from blockd.formats.qcow2.refcount_changes import LargerTable, RefcountChanges
 from blockd.formats.qcow2.refcount_width import RefcountWidth, find_zeroes, used_count
 from blockd.formats.qcow2.runs import Run, append_joined
 from blockd.formats.qcow2.unused_space import UnusedSpace
-from blockd.formats.qcow2.withheld import Leaving, Withheld
+from blockd.formats.qcow2.withheld import Withheld
 from blockd.formats.table_cache import TableCache
 from blockd.units import MIB, align_up
 
@@ -47,8 +46,6 @@ UNMAPPED_COUNT_MAX = 1 << 16
 # How many clusters are freed in one step, and after how many steps everybody else has a turn.
 FREED_AT_ONCE_MAX = 1 << 8
 DROPS_A_TURN = 1 << 4
-# How many runs are handed out at once to be punched.
-LEAVING_AT_ONCE_MAX = 1 << 9
 
 
 class Allocator:
@@ -72,7 +69,8 @@ class Allocator:
         )
         self._blocks = self.cache.tables
         self._changed_blocks = self.cache.changed
-        self._next = 0  # no cluster below is free, as far as known
+        self._next = 0  # no cluster below is free, as far as known, nor one below the floor
+        self._floor = 0
         # The same of whole folios of the file's cache, which begin at multiples of so many clusters.
         self.folio_clusters = max(1, file.folio_length >> self.cluster_bits)
         self._next_folio = 0
@@ -80,9 +78,8 @@ class Allocator:
         self._unmapped_count = 0
         self._withheld = Withheld(self.block_span)
         self._unused = UnusedSpace(-(-file.size >> self.cluster_bits), self.cluster_size)
-        self._leaving: deque[Leaving] = deque()  # by epoch
-        self._epoch = 0
-        self._plans: Counter[int] = Counter()
+        self._plans = Plans(self.cluster_bits)
+        self.plan, self.take_leaving = self._plans.plan, self._plans.take_leaving
 
     # -- allocating ---------------------------------------------------------------------------
 
@@ -257,8 +254,13 @@ class Allocator:
         return entries is None or entries[index] != 0
 
     def _note_free(self, cluster: int) -> None:
+        cluster = max(cluster, self._floor)
         self._next = min(self._next, cluster)
         self._next_folio = min(self._next_folio, cluster)
+
+    def keep_off(self, end: int) -> None:
+        """From now on allocate nothing before `end` in the file; 0: anywhere again."""
+        self._floor = self._next = self._next_folio = -(-end >> self.cluster_bits)
 
     def _clusters(self, run: Run) -> range:
         first = run.host_offset >> self.cluster_bits
@@ -313,27 +315,13 @@ class Allocator:
             )
         return host_offset
 
-    # -- plans: reads under way that name clusters ----------------------------------------------
-
-    @contextlib.contextmanager
-    def plan(self) -> Iterator[None]:
-        """While inside, no cluster that a map named on entry is used for anything else."""
-        epoch = self._epoch
-        self._plans[epoch] += 1
-        try:
-            yield
-        finally:
-            self._plans[epoch] -= 1
-            if not self._plans[epoch]:
-                del self._plans[epoch]
-
     # -- freeing ------------------------------------------------------------------------------
 
     def free(self, run: Run) -> None:
         """Start the way of clusters to be free again; the map in memory no longer names them."""
         append_joined(self._unmapped, run, self.cluster_bits)
         self._unmapped_count += run.cluster_count
-        self._epoch += 1
+        self._plans.end_epoch()
 
     @property
     def is_under_pressure(self) -> bool:
@@ -390,27 +378,12 @@ class Allocator:
     def _withhold(self, run: Run, block_index: int, start: int, end: int) -> None:
         self._reserved.difference_update(self.host_offsets(run))
         self._withheld.add(block_index, start, end)
-        # Of several users the last to let go decides, whichever is dropped last: any plan so far may.
-        self._leaving.append(Leaving(run, self._epoch - 1))
+        self._plans.leave(run)
 
     @property
     def has_leaving(self) -> bool:
         """Whether clusters with a fallen refcount wait for plans to end."""
-        return bool(self._leaving)
-
-    def take_leaving(self) -> list[Run]:
-        """Hand out `LEAVING_AT_ONCE_MAX` runs of withheld clusters at most that no plan can name any more.
-
-        Shape:    neighbours joined, in order.
-        """
-        oldest = min(self._plans, default=self._epoch)
-        ready: list[Run] = []
-        while self._leaving and self._leaving[0].epoch < oldest and len(ready) < LEAVING_AT_ONCE_MAX:
-            ready.append(self._leaving.popleft().run)
-        runs: list[Run] = []
-        for run in sorted(ready):
-            append_joined(runs, run, self.cluster_bits)
-        return runs
+        return self._plans.has_leaving
 
     def release(self, runs: list[Run]) -> None:
         """These may be allocated from now on."""
@@ -423,6 +396,31 @@ class Allocator:
         self._withheld.remove(block_index, start, end)
         if (entries := self._blocks.get(block_index)) is not None:
             entries[start:end] = self._width.repeated(0, end - start)  # as the disk has it
+
+    async def free_unnamed(self, clusters: range) -> int:
+        """Free those of some clusters that have one user, though no map names them; returns how many.
+
+        What was named, and is on its way to be free already, is left alone.
+
+        Needs:    no checkpoint is under way; all clusters are described by one block.
+        """
+        block_index, start = divmod(clusters.start, self.block_span)
+        entries = await self._block(block_index)
+        freed = bytearray(len(clusters))  # flags
+        for run in self._unmapped:
+            part = self._clusters(run)
+            for cluster in range(max(part.start, clusters.start), min(part.stop, clusters.stop)):
+                freed[cluster - clusters.start] = 1
+        found = [
+            cluster
+            for index, cluster in enumerate(clusters, start)
+            if entries[index] == 1
+            and not freed[index - start]
+            and self._withheld.find(block_index, index, index + 1) != index
+        ]
+        for cluster in found:
+            self.free(Run(cluster << self.cluster_bits, 1))
+        return len(found)
 
     # -- unused space -------------------------------------------------------------------------
 

@@ -21,7 +21,7 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from blockd.aio import in_thread
 from blockd.block.node import ProtocolNode
@@ -86,7 +86,8 @@ async def check(file: ProtocolNode) -> CheckReport:
 class Census:
     """Everything that is in one image, counted."""
 
-    def __init__(self, file: ProtocolNode, header: Header) -> None:
+    def __init__(self, file: ProtocolNode, header: Header, end: int | None = None) -> None:
+        """Count everything in `file`, or of an image in use what is before `end` there."""
         self.file = file
         self.header = header
         self.report = CheckReport(
@@ -99,21 +100,30 @@ class Census:
         self.has_data_file = bool(header.incompatible & qcow2_header.INCOMPATIBLE_DATA_FILE)
         self._plain_tables = PlainTables(header.cluster_bits)
         budget = CountsBudget(file.filename)
-        self.refcounts = Refcounts(file, header, self.findings, budget)
+        self.refcounts = Refcounts(file, header, self.findings, budget, end)
         # How often each L2 table is used: by the disk as it is now, and by snapshots.
         self.active_tables = ClusterCounts(budget)
         self.snapshot_tables = ClusterCounts(budget)
+        self._steps = self._all_steps()
 
     @classmethod
-    async def take(cls, file: ProtocolNode) -> "Census":
+    async def take(cls, file: ProtocolNode) -> Self:
         """Count everything; raises what `check` raises."""
-        census = cls(file, await in_thread(_read_checked_header, file))
-        steps = census._steps()
-        while await in_thread(_make_steps, steps):
+        census = await cls.begin(file)
+        while await census.advance():
             pass
         return census
 
-    def _steps(self) -> Iterator[bool]:
+    @classmethod
+    async def begin(cls, file: ProtocolNode, end: int | None = None) -> Self:
+        """Read the header; `advance` does the rest. Both raise what `check` raises."""
+        return cls(file, await in_thread(_read_checked_header, file), end)
+
+    async def advance(self) -> bool:
+        """Go on for a moment; False: everything is counted."""
+        return await in_thread(_make_steps, self._steps)
+
+    def _all_steps(self) -> Iterator[bool]:
         """Go through everything; each step looks at one table, blocking."""
         header, refcounts = self.header, self.refcounts
         yield from refcounts.load()
@@ -129,7 +139,8 @@ class Census:
             self._count_l2(l2_offset, uses)
             yield True
         for l2_offset, uses in self.l2_tables():
-            refcounts.require_single_use(_L2, l2_offset >> header.cluster_bits, uses.total)
+            if not refcounts.is_left_out(l2_offset):
+                refcounts.require_single_use(_L2, l2_offset >> header.cluster_bits, uses.total)
         yield from refcounts.check_tables()
         yield from refcounts.refer_to_own()
         yield from refcounts.compare()
@@ -180,7 +191,7 @@ class Census:
             l2_offset = entry & OFFSET_MASK
             if self._check_l1_entry(l1.name, entry_offset, entry):
                 tables.add(l2_offset >> self.header.cluster_bits)
-                if tables is self.active_tables:
+                if tables is self.active_tables and not self.refcounts.is_left_out(l2_offset):
                     self._check_copied(l1.name, entry_offset, entry, l2_offset)
         yield True
 
@@ -251,6 +262,9 @@ class Census:
         hosts = self._hosts_of(compressed)
         if runs is None or hosts is None:
             return False
+        if refcounts.is_in_use:
+            runs = [run for run in runs if run[0] < refcounts.count]
+            hosts = Counter({cluster: count for cluster, count in hosts.items() if cluster < refcounts.count})
         for first, count in runs:
             is_inside = first > 0 and first + count <= refcounts.count
             if not is_inside or (uses.active and not refcounts.stored.are_all(first, count, 1)):
@@ -277,7 +291,7 @@ class Census:
             (entry & mask | SECTOR_SIZE - 1) + ((entry & sectors) >> offset_bits) * SECTOR_SIZE >> bits
             for entry in compressed
         ]
-        if max(lasts) >= self.refcounts.count:
+        if max(lasts) >= self.refcounts.count and not self.refcounts.is_in_use:
             return None
         hosts = Counter(firsts)
         for first, last in zip(firsts, lasts, strict=True):
@@ -325,7 +339,7 @@ class Census:
             for number in range(count):
                 position = entry_offset + number * self.header.l2_entry_size
                 is_inside = self.refcounts.refer(_L2, position, offset + number * step, step, uses.total)
-                if uses.active and is_inside:
+                if uses.active and is_inside and not self.refcounts.is_left_out(offset + number * step):
                     self._check_copied(_L2, position, entry + number * step, offset + number * step)
         return True
 
@@ -357,10 +371,10 @@ class Census:
 def _make_steps(steps: Iterator[bool]) -> bool:
     """Make steps for some time, or to the end; a thread of its own for each would cost more than it does."""
     end = time.monotonic() + STEPS_TIME_S
-    while time.monotonic() < end:
-        if not next(steps, False):
-            return False
-    return True
+    while next(steps, False):
+        if time.monotonic() >= end:
+            return True
+    return False
 
 
 def _read_checked_header(file: ProtocolNode) -> Header:

@@ -18,12 +18,21 @@ _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 class Refcounts:
     """What is stored for each host cluster of the file, and how often it is referred to."""
 
-    def __init__(self, file: ProtocolNode, header: Header, findings: Findings, budget: CountsBudget) -> None:
+    def __init__(
+        self,
+        file: ProtocolNode,
+        header: Header,
+        findings: Findings,
+        budget: CountsBudget,
+        end: int | None = None,
+    ) -> None:
+        """`end`: the image is in use, and from there on clusters come and go, so that they are left out."""
         self._file = file
         self._header = header
         self._findings = findings
         self._bits = header.cluster_bits
-        self.count = -(-file.size >> self._bits)
+        self.is_in_use = end is not None
+        self.count = -(-(file.size if end is None else end) >> self._bits)
         # Clusters that one refcount block describes.
         self.span = header.cluster_size * 8 >> header.refcount_order
         self.refcount_max = (1 << (1 << header.refcount_order)) - 1
@@ -56,6 +65,8 @@ class Refcounts:
         A last cluster that is only partly in the file is in it.
         """
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
+        if self.is_left_out(offset):
+            return True
         if last >= self.count:
             self._findings.wrong(
                 table,
@@ -69,6 +80,10 @@ class Refcounts:
             self.references.add_range(first, last - first + 1, times)
         return True
 
+    def is_left_out(self, offset: int) -> bool:
+        """Whether nothing is counted there, as it belongs to whoever uses the image now."""
+        return self.is_in_use and offset >> self._bits >= self.count
+
     def refer_exclusively(self, table: str, entry_offset: int, offset: int, length: int) -> bool:
         """Count the reference to a table that nothing else refers to; False: it cannot be looked at.
 
@@ -76,6 +91,8 @@ class Refcounts:
         """
         first, last = offset >> self._bits, offset + length - 1 >> self._bits
         count = last - first + 1
+        if self.is_left_out(offset):
+            return True
         if last < self.count and not self._exclusive.are_all(first, count, 0):
             self.references.add_range(first, count)
             self._findings.wrong(table, entry_offset, f"{offset:#x} is inside another table")
@@ -155,7 +172,8 @@ class Refcounts:
         """The clusters of the refcount table, as far as they are in the file, and of its blocks."""
         first = self._header.refcount_table_offset >> self._bits
         yield from range(first, min(first + self._header.refcount_table_clusters, self.count))
-        yield from (block >> self._bits for block in self.blocks if block)
+        clusters = (block >> self._bits for block in self.blocks if block)
+        yield from (cluster for cluster in clusters if cluster < self.count)
 
     def refer_to_own(self) -> Iterator[bool]:
         """Count the references that the refcount structures are themselves."""
@@ -169,7 +187,8 @@ class Refcounts:
                 if self.references[cluster] <= self.stored[cluster]:
                     self._findings.mendable(_TABLE, cluster << self._bits, "is also used for something else")
         for index, block in enumerate(self.blocks):
-            references = self.references[block >> self._bits] if block else 1
+            is_counted = block and not self.is_left_out(block)
+            references = self.references[block >> self._bits] if is_counted else 1
             if references != 1:
                 self._mend_by_rebuild(
                     self._header.refcount_table_offset + index * 8,

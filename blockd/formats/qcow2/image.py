@@ -5,13 +5,14 @@ until they are done (`Allocator.plan`). Writes to clusters of their own go strai
 everything that changes the map is in writes.py and fill.py.
 """
 
+from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Mapping as MappingView
-from collections.abc import Sequence
 from functools import partial
 from typing import Self
 
 from blockd.aio import uninterrupted
 from blockd.block.file_events import FileEvent
+from blockd.block.housekeeping import Housekeeping
 from blockd.block.layers import plan_through
 from blockd.block.moving import MovableImage, Move
 from blockd.block.node import (
@@ -55,7 +56,7 @@ PLANNED_BY_RUNS_MAX = 16
 APART_SPAN_MIN = 32
 
 
-class Qcow2Image(MovableImage):
+class Qcow2Image(MovableImage, Housekeeping):
     """A qcow2 image; with extended L2 entries its `cluster_size` is that of a subcluster."""
 
     driver = "qcow2"
@@ -99,6 +100,13 @@ class Qcow2Image(MovableImage):
         if self.backing is not None:
             below["backing"] = self.backing
         return below
+
+    def begin_housekeeping(self) -> Callable[[], Awaitable[None]] | None:
+        search = self.metadata.leak_search
+        if search is None:
+            return None
+        search.begin()
+        return search.run
 
     # -- looking up ---------------------------------------------------------------------------
 
@@ -403,6 +411,8 @@ class Qcow2Image(MovableImage):
         if corruption.file is not self.file or self.read_only or self._corruption is not None:
             return
         self._corruption = corruption
+        if self.metadata.leak_search is not None:
+            self.metadata.leak_search.stop_soon()
         await self.metadata.mark_corrupt()
 
     def _require_sound(self) -> None:

@@ -8,12 +8,12 @@ from array import array
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 from blockd.aio import Coalesced, in_thread, uninterrupted
 from blockd.block.file_events import FileEvent
 from blockd.block.node import ProtocolNode
 from blockd.errors import ImageError, RequestError, StorageError
-from blockd.extents import Kind
 from blockd.formats.early_read import read_early
 from blockd.formats.qcow2 import checkpoint, snapshots
 from blockd.formats.qcow2 import header as headers
@@ -25,6 +25,9 @@ from blockd.formats.qcow2.mapping import COPIED, OFFSET_MASK, L2Table, Mapping, 
 from blockd.formats.qcow2.runs import Run, clusters_for
 from blockd.formats.qcow2.snapshots import NO_SNAPSHOTS, SnapshotTable
 from blockd.units import KIB, MIB
+
+if TYPE_CHECKING:
+    from blockd.formats.qcow2.leaks import LeakSearch
 
 log = logging.getLogger(__name__)
 
@@ -63,10 +66,11 @@ class Metadata:
         self.copy_places = CopyPlaces(self.allocator)
         # Whether the header says that the image is in use, if it can. Nothing is allocated before that.
         self.is_marked = header.version < headers.ZERO_VERSION or bool(header.autoclear & _IN_USE)
-        # There may be leaks, which were not looked for: the mark stays.
-        self._is_suspect = False
+        # There may be leaks, which were not looked for: the mark stays. They may be looked for beside guests.
+        self.is_suspect = False
+        self.leak_search: LeakSearch | None = None
         # The file is not cut below: if refcounts are wrong, clusters of before may be in use all the same.
-        self._kept_end = file.size
+        self.kept_end = file.size
         self.lock = asyncio.Lock()
         # Make everything that was written before the call durable, maps included.
         self.flush = Coalesced(self._flush)
@@ -89,16 +93,18 @@ class Metadata:
         metadata = await cls._load_tables(file, header, read_only=read_only)
         if read_only or not await metadata._was_left_open():
             return metadata
-        from blockd.formats.qcow2 import repair  # noqa: PLC0415
+        from blockd.formats.qcow2 import leaks, repair  # noqa: PLC0415
 
-        if not repair.takes_a_moment(metadata._entry_count):
-            repair.warn_of_leaks(file, "it is too large to be looked through while it is opened")
-            metadata._is_suspect = True
-            await metadata._cut_off_room()
+        is_large = not repair.takes_a_moment(metadata._entry_count)
+        if is_large or not (metadata.knows_zero or await file.disk_usage()):  # or it is on a device
+            metadata.is_suspect = True
+            if is_large:
+                await leaks.cut_off_room(metadata)
+            metadata.leak_search = await leaks.LeakSearch.prepare(metadata)
             return metadata
         is_looked_through = await repair.give_back_leaks(file)
         metadata = await cls._load_tables(file, await _load_header(file), read_only=False)
-        metadata._is_suspect = not is_looked_through
+        metadata.is_suspect = not is_looked_through
         return metadata
 
     @classmethod
@@ -127,21 +133,9 @@ class Metadata:
         if self.knows_zero:
             return bool(self.header.autoclear & _IN_USE)
         try:
-            is_longer = await self.allocator.used_end() < self.file.size
+            return await self.allocator.used_end() < self.file.size  # as devices always are
         except Corruption:
             return False
-        return is_longer and bool(await self.file.disk_usage())  # devices always are
-
-    @uninterrupted
-    async def _cut_off_room(self) -> None:
-        """Cut off what was reserved behind the end: it is free, as refcounts tell, and holds no data."""
-        offset = end = await self.allocator.used_end()
-        while offset < self.file.size:
-            for extent in await self.file.map(offset, self.file.size - offset):
-                offset = extent.end
-                end = offset if extent.kind is Kind.DATA else end
-        await in_thread(self.file.trim_blocking, end)
-        self._kept_end = self.file.size
 
     @property
     def _entry_count(self) -> int:
@@ -294,7 +288,7 @@ class Metadata:
     async def _trim_locked(self) -> None:
         self.copy_places.give_up()
         runs = self.allocator.take_unused()
-        end = max(await self.allocator.used_end(), self._kept_end)
+        end = max(await self.allocator.used_end(), self.kept_end)
         await in_thread(self.file.trim_blocking, end)
         inside = [run for run in runs if run.host_offset < end]
         await in_thread(checkpoint.punch, self.file, inside, self.header.cluster_size)
@@ -305,13 +299,15 @@ class Metadata:
 
         Needs:    nothing is in flight.
         """
+        if self.leak_search is not None:
+            await self.leak_search.stop()
         async with self.lock:
             await self.checkpoint_locked()
             try:
                 await self._trim_locked()
             except StorageError as error:
                 log.warning("'%s' stays longer than it has to be: %s", self.file.filename, error.message)
-            if self.header.autoclear and not self._is_suspect:
+            if self.header.autoclear and not self.is_suspect:
                 await self._set_autoclear(checkpoint.write_last_field, 0)
                 self.is_marked = False
 

@@ -9,18 +9,8 @@ import sys
 from array import array
 from collections.abc import Callable
 from operator import or_, xor
-from typing import NamedTuple
-
-from blockd.formats.qcow2.runs import Run
 
 Pack = Callable[["array[int]"], bytes]
-
-
-class Leaving(NamedTuple):
-    """Clusters whose refcount has come to 0; plans of `epoch` and older may still name them."""
-
-    run: Run
-    epoch: int
 
 
 class Withheld:
