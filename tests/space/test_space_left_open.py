@@ -1,10 +1,13 @@
 """The files of qcow2 images that were not closed and cannot say so, or are too large to be looked through."""
 
+import asyncio
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from blockd.block.housekeeping import Housekeeper
 from blockd.block.node import OverlayNode
 from blockd.formats.qcow2 import header as headers
 from blockd.formats.qcow2 import repair
@@ -14,6 +17,7 @@ from blockd.protocols.folios import FOLIO_LENGTH_MAX
 from blockd.protocols.new_file import new_file
 from blockd.units import KIB, MIB, align_up
 from tests.chains import read_all
+from tests.loop_device import can_loop, loop_device
 from tests.model import stamp
 from tests.space.drawing import Space
 from tests.streaming import create, open_overlay
@@ -143,3 +147,30 @@ async def test_a_file_of_version_2_that_is_as_long_as_it_has_to_be_is_not_looked
     await close(await open_file(path))
     monkeypatch.setattr(repair, "repair", None)
     await require_content(path)
+
+
+async def test_version_2_on_a_block_device_is_looked_through_beside_guests(
+    tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """It is longer than any image on it; tried where there are such devices, the report says so."""
+    path = tmp_path / "disk"
+    await left_open(path, "0.10", lost_length=0)
+    with path.open("r+b") as opened:
+        opened.truncate(4 * ROOM_LENGTH)
+    with_device = can_loop(tmp_path)
+    record_property("with_block_device", with_device)
+    if not with_device:
+        return
+    with loop_device(path) as device:
+        async with asyncio.TaskGroup() as tasks:
+            image = await open_file(device)
+            assert leak_count(device) == DATA_LENGTH // CLUSTER
+            Housekeeper(tasks).begin(image)
+            await image.write(2 * DATA_LENGTH, stamp(3, 0, CLUSTER))
+        await close(image)
+        assert leak_count(device) == 0
+        image = await open_file(device)
+        found = await read_all(image)
+        assert found[:DATA_LENGTH] == stamp(1, 0, DATA_LENGTH)
+        assert found[2 * DATA_LENGTH :][:CLUSTER] == stamp(3, 0, CLUSTER)
+        await close(image)
