@@ -63,7 +63,7 @@ async def test_a_stream_with_nothing_to_do_that_another_client_pauses_is_answere
     async with running(tmp_path, "--device", f"vda={image}") as daemon:
         client, jobs = await daemon.qmp(), daemon.services.jobs
         streaming = asyncio.create_task(client.command("block_stream", device="vda"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             while (job := jobs.get("vda")) is None:  # noqa: ASYNC110  (at every turn of the loop)
                 await asyncio.sleep(0)
             job.pause()

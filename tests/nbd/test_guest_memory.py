@@ -143,7 +143,7 @@ async def test_nobody_waits_for_ever(tmp_path: Path, start_daemon: StartDaemon, 
             else:
                 await client.read(offset, length)
 
-    async with AsyncExitStack() as stack, asyncio.timeout(30):
+    async with AsyncExitStack() as stack, asyncio.timeout(100):
         clients = [
             await stack.enter_async_context(await NbdClient.connect_unix(str(daemon.nbd_path), "vda"))
             for _ in range(24)
