@@ -13,6 +13,7 @@ import blockd.daemon.staged_file
 import blockd.daemon.tracking
 import blockd.formats.qcow2.check
 import blockd.formats.qcow2.info
+import blockd.formats.qcow2.leaks
 import blockd.formats.qcow2.repair
 import blockd.formats.qed.check
 import blockd.formats.qed.info

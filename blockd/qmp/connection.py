@@ -99,7 +99,10 @@ class Connection(Generic[Context]):
             self._after(self._negotiation_timeout_s, self._disconnect_unless_negotiated)
         try:
             reader = await self._session.commands.reader()
-            with self._events.listening(self._on_event):
+            with contextlib.ExitStack() as stack:
+                # Before that nobody makes an event for this client, which would load what events are.
+                listening = self._events.listening(self._on_event)
+                self._session.when_negotiated(lambda: stack.enter_context(listening))
                 async with asyncio.TaskGroup() as group:
                     receiver = group.create_task(self._receive(reader))
                     await self._execute()
@@ -234,8 +237,6 @@ class Connection(Generic[Context]):
             self._writer.transport.abort()
 
     def _on_event(self, event: dict[str, Value]) -> None:
-        if not self._session.is_negotiated:
-            return
         if self._unsent_length() < SEND_QUEUE_MAX:
             self._send_event(pack_message(event, pretty=self._pretty))
         elif not self._is_behind:

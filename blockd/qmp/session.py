@@ -37,14 +37,19 @@ class Session(Generic[Context]):
         self.is_negotiated = False
         self.oob_enabled = False
         self._context = context
-        self._on_negotiated = on_negotiated
+        self._when_negotiated = [on_negotiated]
         self._is_ready = is_ready
 
     def negotiate(self, *, oob: bool) -> None:
         """End the negotiation; from here on the client gets events."""
         self.oob_enabled = oob
         self.is_negotiated = True
-        self._on_negotiated()
+        for action in self._when_negotiated:
+            action()
+
+    def when_negotiated(self, action: Callable[[], None]) -> None:
+        """Have `action` done, which neither raises nor waits, when the negotiation ends."""
+        self._when_negotiated.append(action)
 
     async def answer(self, message: Message) -> dict[str, Value]:
         """Run one message and return the reply to it; never raises on behalf of a command.

@@ -13,6 +13,7 @@ import pytest
 from blockd.qmp import connection
 from blockd.qmp import server as server_module
 from blockd.qmp.server import CLIENT_MAX, QmpServer
+from tests.inline_threads import steps
 from tests.qmp.toys import TOYS, Rang, ToyContext
 from tests.qmp_client import QmpClient
 
@@ -51,6 +52,22 @@ async def test_clients_do_not_share_anything_but_events(qmp_path: str, toy: ToyC
     assert silent.events == []
     for client in (first, second, silent):
         await client.close()
+
+
+async def test_for_a_client_that_has_not_negotiated_no_event_is_made(
+    qmp_path: str, server: Server, toy: ToyContext
+) -> None:
+    """It would load what events are, while guests wait."""
+    client = await QmpClient.connect(qmp_path, negotiate=False)
+    await until(lambda: server.client_count == 1)
+    await server.commands.reader()  # the connection waits for that first
+    await steps(5)
+    assert not toy.bus.has_listeners
+    await client.command("qmp_capabilities")
+    assert toy.bus.has_listeners
+    await client.close()
+    await until(lambda: not server.client_count)
+    assert not toy.bus.has_listeners
 
 
 async def test_one_client_too_many(qmp_path: str, server: Server) -> None:
