@@ -54,6 +54,27 @@ def test_runs_are_those_of_the_entries(cluster_bits: int) -> None:
 
 
 @pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
+@pytest.mark.parametrize("flag", [0, COPIED])
+def test_a_table_of_one_run(cluster_bits: int, flag: int) -> None:
+    tables, step = PlainTables(cluster_bits), 1 << cluster_bits
+    for first in (1, 2, 12345, (OFFSET_MAX >> cluster_bits) - COUNT):
+        entries = array("Q", (first + index << cluster_bits | flag for index in range(COUNT)))
+        for are_copied in (False, True):
+            expected = [(first, COUNT)] if flag or not are_copied else None
+            assert tables.runs(entries, are_copied=are_copied) == expected
+        for spoilt in (
+            entries[0] | 1 << 8,
+            entries[0] | 1 << 56,
+            entries[0] | 1 << 62,
+            entries[0] + step // 2,
+        ):
+            wrong = array("Q", (spoilt + index * step for index in range(COUNT)))
+            assert tables.runs(wrong, are_copied=bool(flag)) is None
+    past_end = array("Q", (OFFSET_MAX - step * 9 + index * step | flag for index in range(COUNT)))
+    assert tables.runs(past_end, are_copied=bool(flag)) is None
+
+
+@pytest.mark.parametrize("cluster_bits", [9, 12, 16, 21])
 def test_what_is_not_plain(cluster_bits: int) -> None:
     tables, rng = PlainTables(cluster_bits), random.Random(cluster_bits)
     cluster_size = 1 << cluster_bits

@@ -9,7 +9,16 @@ from itertools import compress
 from operator import sub
 from typing import Final
 
-from blockd.formats.entry_runs import APART, ENTRY_SIZE, apart, bit_table, columns, packed, united
+from blockd.formats.entry_runs import (
+    APART,
+    ENTRY_SIZE,
+    apart,
+    bit_table,
+    columns,
+    is_one_run,
+    packed,
+    united,
+)
 
 _OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
 _COPIED: Final = 1 << 63
@@ -25,7 +34,8 @@ class PlainTables:
 
     def __init__(self, cluster_bits: int) -> None:
         self._bits = cluster_bits
-        mask = (_OFFSET_MASK & -(1 << cluster_bits) | _COPIED | _ZERO).to_bytes(8, "little")
+        self._place_mask = _OFFSET_MASK & -(1 << cluster_bits)
+        mask = (self._place_mask | _COPIED | _ZERO).to_bytes(8, "little")
         # What each byte of an entry may be.
         self._allowed = [bytes(byte for byte in range(256) if not byte & ~part) for part in mask]
 
@@ -34,6 +44,13 @@ class PlainTables:
 
         `are_copied`: the copied flag is set for each. None: something else is in the table.
         """
+        first, last, flags = entries[0], entries[-1], _COPIED if are_copied else 0
+        is_plain = first & ~self._place_mask == last & ~self._place_mask == flags != first
+        if is_plain and is_one_run(entries, 1 << self._bits):  # so it is in images that were streamed into
+            return [((first & _OFFSET_MASK) >> self._bits, len(entries))]
+        return self._all_runs(entries, are_copied=are_copied)
+
+    def _all_runs(self, entries: "array[int]", *, are_copied: bool) -> list[tuple[int, int]] | None:
         count, table = len(entries), packed(entries)
         parts = columns(table)
         if any(part.translate(None, allowed) for part, allowed in zip(parts, self._allowed, strict=True)):
