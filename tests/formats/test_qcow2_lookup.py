@@ -10,10 +10,10 @@ import pytest
 from blockd.errors import ImageError
 from blockd.extents import Extent, Kind, Range, RangeSet, merged
 from blockd.formats import entry_runs
-from blockd.formats.entry_runs import ENTRY_COUNT_MAX, RUN_COUNT_MAX
+from blockd.formats.entry_runs import ENTRY_COUNT_MAX, RUN_COUNT_MAX, labels, packed
 from blockd.formats.qcow2.header import SUBCLUSTER_COUNT
 from blockd.formats.qcow2.image import Qcow2Image
-from blockd.formats.qcow2.lookup import _NOTHING, _first_set
+from blockd.formats.qcow2.lookup import _NOTHING, Lookup, _first_set
 from blockd.formats.qcow2.mapping import (
     COMPRESSED,
     COPIED,
@@ -46,6 +46,22 @@ def test_first_set_entry_is_found_wherever_it_stands() -> None:
         end = rng.randrange(start, length + 1)
         found = next((index for index in range(start, end) if entries[index]), end)
         assert _first_set(entries, start, end) == found
+
+
+@pytest.mark.parametrize("with_places", [False, True])
+async def test_what_is_one_run_has_the_labels_of_its_entries(*, with_places: bool) -> None:
+    rng = random.Random(8)
+    image = await overlay(RecordingFile(), None, MIB, cluster_size=CLUSTER_SIZE[False])
+    assert isinstance(image, Qcow2Image)
+    lookup, step = Lookup(image.metadata), CLUSTER_SIZE[False]
+    spoilt = 0, 1 << 8, 1 << 9, ZERO, COMPRESSED, COPIED, 1 << 56, 1 << 58, step
+    for _ in range(300):
+        count, flag, first = rng.choice((1, 2, 17, 512)), rng.choice(spoilt), rng.choice((0, 1, 77))
+        entries = array("Q", ((first + index) * step ^ flag for index in range(count)))
+        entries[rng.randrange(count)] ^= rng.choice(spoilt)
+        table = L2Table(MIB, entries, is_linked=True)
+        expected = labels(lookup._flags(packed(entries), count, with_places=with_places), count)
+        assert lookup._labels(table, 0, count, with_places=with_places) == expected
 
 
 class Map:

@@ -28,11 +28,20 @@ from blockd.formats.entry_runs import (
     columns,
     flagged,
     follow,
+    is_one_run,
     labels,
     packed,
 )
 from blockd.formats.qcow2.corruption import Corruption
-from blockd.formats.qcow2.mapping import COMPRESSED, OFFSET_MASK, RESERVED_MASK, STATE_MASK, ZERO, L2Table
+from blockd.formats.qcow2.mapping import (
+    COMPRESSED,
+    COPIED,
+    OFFSET_MASK,
+    RESERVED_MASK,
+    STATE_MASK,
+    ZERO,
+    L2Table,
+)
 from blockd.formats.qcow2.metadata import Metadata
 from blockd.units import align_down
 
@@ -283,8 +292,17 @@ class Lookup:
 
     def _labels(self, table: L2Table, index: int, count: int, *, with_places: bool) -> bytes:
         """A label for each cluster; it is apart from the one before only if `with_places`."""
-        entries = packed(table.entries[index : index + count])
-        return labels(self._flags(entries, count, with_places=with_places), count)
+        entries = table.entries[index : index + count]
+        if self._is_stored_as_one(entries):
+            return (b"D" if with_places else b"d") + b"d" * (count - 1)
+        return labels(self._flags(packed(entries), count, with_places=with_places), count)
+
+    def _is_stored_as_one(self, entries: "array[int]") -> bool:
+        """Whether all that some entries map is one piece of the file: so it is in images streamed into."""
+        first, last, places = entries[0], entries[-1], OFFSET_MASK & -self._cluster_size
+        flags = first & ~places
+        is_plain = first & places and last & places and flags in (0, COPIED) and last & ~places == flags
+        return bool(is_plain) and is_one_run(entries, self._cluster_size)
 
     def _flags(self, entries: bytes, count: int, *, with_places: bool) -> Iterator[bytes]:
         low, second, *high, top = columns(entries)
