@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockd.aio import in_thread, thread_calls
+from blockd.block.guest_memory import GuestMemory
 from blockd.exports.nbd import server
 from blockd.units import MIB
 from blockd.wire.nbd import constants as nbd
@@ -113,3 +114,19 @@ async def test_who_has_left_holds_nothing_but_what_is_under_way(
     answers[4096].set()
     await until(lambda: left.request_count == 2)
     assert left.held == 2 * 4096
+
+
+async def test_who_has_left_does_not_wait_for_memory(at: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody behind it in the queue would have any, as long as its disk hangs."""
+    memory = at.server._memory
+    budget, memory.share = GuestMemory(2 * MIB), MIB // 2
+    monkeypatch.setattr(memory, "budget", budget)
+    async with await at.raw() as guest:
+        await transmitting(guest)
+        guest.send(pack(nbd.CMD_READ, 1, 0, MIB) + pack(nbd.CMD_READ, 2, 0, MIB))
+        await until(lambda: len(budget._queue) == 1)
+    await until(lambda: len(at.server._left) == 1)
+    assert not budget._queue
+    assert budget.spare == MIB // 2
+    async with await at.client() as other:
+        await other.write(0, bytes(MIB))
