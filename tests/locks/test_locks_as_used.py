@@ -217,6 +217,27 @@ async def test_an_image_does_not_become_a_backing_that_another_program_writes(ba
         assert not daemon.services.graph["r"].read_only
 
 
+async def test_a_node_that_nobody_uses_becomes_writable_again_beside_one_that_is_read(base: Path) -> None:
+    """It is told so, or a snapshot of it is undone, as another one of the transaction cannot be taken."""
+    one, other = overlay_of(base), overlay_of(base, "other")
+    async with running(base.parent) as daemon:
+        client = await daemon.qmp()
+        await add(client, raw("r", base), raw("read", base), qcow2("over", one, backing="read"))
+        await reopen(client, raw("r", base, read_only=True))
+        await reopen(client, raw("r", base))
+        await add(client, qcow2("s", other, backing=None))
+        snapshots = [
+            {"type": "blockdev-snapshot", "data": {"node": node, "overlay": "s"}} for node in ("r", "over")
+        ]
+        _, text = await refusal(client, "transaction", actions=snapshots)
+        assert text == "The overlay is already in use"
+        assert not daemon.services.graph["r"].read_only
+        assert WRITE_LOCK in await refused_export(client, "r", writable=True)
+        await client.command("blockdev-del", {"node-name": "over"})
+        await client.command("blockdev-del", {"node-name": "read"})
+        await export(client, "r")
+
+
 async def test_what_another_program_has_made_of_a_file_is_known_when_it_is_used(tmp_path: Path) -> None:
     path = qemu_img.create(tmp_path / "disk.qcow2", SIZE)
     async with running(tmp_path) as daemon:
