@@ -226,7 +226,7 @@ class Exports:
         """Forget an export when its clients have left, also when nobody waits for that any more."""
         if leaving:  # requests that hang keep nothing else from being changed
             await asyncio.wait(leaving)
-        async with self._devices.changing:
+        async with self._devices.change_unasked():
             await self._forget(export_id)
 
     @uninterrupted

@@ -84,7 +84,7 @@ class PutOverlay(Change):
         self._devices.put_overlay(self.old, self.overlay)
         try:
             await self._devices.graph.set_read_only(self.old, True)
-            await self._devices.graph.nodes.locks.adjust()
+            await self._devices.graph.nodes.locks.cover()
         except BaseException:
             await self.undo()
             raise

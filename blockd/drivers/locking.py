@@ -10,6 +10,7 @@ from blockd.block.node import BlockNode
 from blockd.block.permissions import NOTHING, RESIZE, Access, writes
 from blockd.drivers.sharing import check_unshared
 from blockd.drivers.uses import Uses
+from blockd.errors import RequestError
 from blockd.protocols.file import FileNode
 from blockd.protocols.image_lock import Use
 from blockd.protocols.used_file import UsedFile
@@ -49,21 +50,39 @@ class FileLocks:
             self._taken[file] = None
             await file.lock_for(use)
 
+    async def cover(self) -> None:
+        """Lock the files for what they are used for now, beside what they are locked for: that may come back.
+
+        Raises:   RequestError: somebody else uses one of them.
+        """
+        for file in [*self._uses.changed_files]:
+            if not file.is_closed:
+                await self._raise(file, _use(self._uses.wanted(file)))
+
     async def adjust(self) -> None:
         """Lock the files as they are used now.
 
         Raises:   RequestError: somebody else uses one of them; it is tried again the next time.
         """
-        changed = self._uses.changed_files
-        while changed or self._taken:
-            file = next(iter(changed or self._taken))
-            if not file.is_closed:
-                use = _use(self._uses.wanted(file))
-                await self._raise(file, use)
-                if use < file.use:
-                    await file.lock_for(use)
-            changed.pop(file, None)
-            self._taken.pop(file, None)
+        changed, refused = self._uses.changed_files, dict[UsedFile, RequestError]()
+        while pending := [file for file in {**changed, **self._taken} if file not in refused]:
+            for file in pending:
+                try:
+                    await self._adjust(file)
+                except RequestError as error:  # the others are let go of all the same
+                    refused[file] = error
+                else:
+                    changed.pop(file, None)
+                    self._taken.pop(file, None)
+        for error in refused.values():
+            raise error
+
+    async def _adjust(self, file: UsedFile) -> None:
+        if not file.is_closed:
+            use = _use(self._uses.wanted(file))
+            await self._raise(file, use)
+            if use < file.use:
+                await file.lock_for(use)
 
 
 def _use(wanted: Access) -> Use:

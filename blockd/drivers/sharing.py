@@ -46,7 +46,7 @@ def use_of(file: FileNode) -> Use:
 
 
 def use_if_writable(file: FileNode) -> Use:
-    """What may be done with a file that is made writable: no more than it is locked for, if that follows its use."""
+    """What may be done with a file that becomes writable: what it is locked for, if that follows its use."""
     return file.use if isinstance(file, UsedFile) else Use.WRITING
 
 
