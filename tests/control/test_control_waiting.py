@@ -134,6 +134,31 @@ async def test_a_job_that_cannot_end_behind_such_a_change_ends_later(tmp_path: P
     assert ("backing" in qemu_img.qemu("qemu-img", "info", disk)) != is_done
 
 
+async def test_a_stream_with_nothing_to_copy_that_cannot_end_behind_such_a_change_ends_later(
+    tmp_path: Path,
+) -> None:
+    """It has begun before the change that hangs, and is to record another name after it."""
+    base = qemu_img.create(tmp_path / "base.qcow2", MIB)
+    disk = qemu_img.create(tmp_path / "disk.qcow2", MIB, backing=base)
+    async with running(tmp_path, "--device", f"vda={disk}") as daemon:
+        client = await daemon.qmp()
+        arguments = {"device": "vda", "job_id": "j", "base": str(base), "backing_file": "./base.qcow2"}
+
+        async def hang() -> None:
+            async with hanging_change(daemon) as other:
+                assert HANGS in (await streaming)[1]
+                assert [job["id"] for job in await other.command("query-jobs")] == ["j"]
+
+        async with daemon.services.devices.changing:
+            streaming = asyncio.create_task(refusal(client, "block-stream", **arguments))
+            await until(lambda: waiting_count(daemon) == 1)
+            hanging = asyncio.create_task(hang())
+            await until(lambda: waiting_count(daemon) == 2)
+        await hanging
+        await client.event("BLOCK_JOB_COMPLETED")
+    assert qemu_img.info(disk)["backing-filename"] == "./base.qcow2"
+
+
 @pytest.mark.parametrize("command", OF_THE_JOURNAL)
 async def test_what_cannot_be_recorded_behind_such_a_change_is_answered(tmp_path: Path, command: str) -> None:
     async with (
