@@ -4,7 +4,7 @@ What a change is going to need is locked before it is made (`take`). When it is 
 locked, and no more (`adjust`). In between a file is locked too much rather than too little.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from blockd.block.node import BlockNode
 from blockd.block.permissions import NOTHING, RESIZE, Access, writes
@@ -17,14 +17,17 @@ from blockd.protocols.used_file import UsedFile
 
 # The nodes that have the same file as one.
 SameFiles = Callable[[FileNode], Iterable[BlockNode]]
+# Lets what stands on a file know what others have made of that; also what is not in the graph yet.
+Follow = Callable[[BlockNode, Sequence[BlockNode]], None]
 
 
 class FileLocks:
     """The locks on the files of a graph; `uses` says how these are used."""
 
-    def __init__(self, uses: Uses, same_files: SameFiles) -> None:
+    def __init__(self, uses: Uses, same_files: SameFiles, follow: Follow) -> None:
         self._uses = uses
         self._same_files = same_files
+        self._follow = follow
         # Locked for what was planned, or may be done.
         self._taken: dict[UsedFile, None] = {}
 
@@ -44,11 +47,14 @@ class FileLocks:
         for file in planned.changed_files:
             await self._raise(file, _use(planned.wanted(file)), others)
 
-    async def _raise(self, file: UsedFile, use: Use, opened: Iterable[BlockNode] = ()) -> None:
+    async def _raise(self, file: UsedFile, use: Use, opened: Sequence[BlockNode] = ()) -> None:
         if use > file.use:
             check_unshared(file, [*self._same_files(file), *opened], use)
             self._taken[file] = None
+            was_used = file.use is not Use.NONE
             await file.lock_for(use)
+            if not was_used:
+                self._follow(file, opened)
 
     async def cover(self) -> None:
         """Lock the files for what they are used for now, beside what they are locked for: that may come back.
