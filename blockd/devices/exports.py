@@ -86,6 +86,8 @@ class Exports:
         self.server = server
 
     def _require_no_server(self) -> None:
+        if not self._has_stopped.is_set():
+            raise RequestError("NBD server is being stopped, and waits for requests of its guests")
         if self.server is not None:
             raise RequestError("NBD server already running")
 

@@ -143,6 +143,9 @@ async def test_an_nbd_server_that_is_stopped_meanwhile_leaves_others_their_turn(
                 for command in ("nbd-server-add", "nbd-server-stop"):
                     arguments = {"device": "vda", "name": "other"} if command == "nbd-server-add" else {}
                     assert (await refusal(client, command, **arguments))[1] == "NBD server not running"
+                start = {"addr": {"type": "unix", "data": {"path": str(tmp_path / "early.sock")}}}
+                _, text = await refusal(client, "nbd-server-start", **start)
+                assert text == "NBD server is being stopped, and waits for requests of its guests"
                 assert not stopping.done()
         finally:
             may_end.set()
