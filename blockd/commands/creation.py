@@ -214,9 +214,8 @@ async def _held_file(services: Services, told: str | NodeOptions) -> AsyncIterat
 @uninterrupted
 async def _let_go(services: Services, held: AsyncExitStack) -> None:
     """Undo what has held a file, when no other change is half done: nodes are closed that nobody needs."""
-    async with services.devices.changing:
+    async with services.devices.change_unasked():
         await held.aclose()
-        await services.devices.adjust_locks()
 
 
 def _checked_file(node: BlockNode, users: list[str]) -> ProtocolNode:

@@ -152,7 +152,7 @@ async def _restore_device(services: Services, device: DeviceRecord) -> None:
 
 async def _leave_add_cow_files(services: Services) -> None:
     """Go on with plain images where the last run ended before it could."""
-    async with services.devices.changing:
+    async with services.devices.change_unasked():
         for device in services.devices.all:
             overlay = device.node
             if isinstance(overlay, AddCowImage) and overlay.is_complete:
@@ -224,7 +224,7 @@ async def _restore_jobs(services: Services, records: Sequence[JobRecord], done: 
     cancelled_groups = {record.group for record in records if record.is_cancelled} - {None}
     groups: defaultdict[int, JobGroup] = defaultdict(JobGroup)
     jobs: list[Job] = []
-    async with services.devices.changing:
+    async with services.devices.change_unasked():
         for record in records:
             is_cancelled = record.is_cancelled or record.group in cancelled_groups
             jobs.append(await _placed(services, record, done, is_cancelled=is_cancelled))

@@ -250,6 +250,15 @@ class Devices:
             finally:
                 self.changing.release()
 
+    @asynccontextmanager
+    async def change_unasked(self) -> AsyncIterator[None]:
+        """Hold `changing` for what follows from what a client has asked for, however long the wait is."""
+        async with self.changing:
+            try:
+                yield
+            finally:
+                await self.adjust_locks()
+
     async def adjust_locks(self) -> None:
         """Let go of files that nobody uses any more as far as they are locked."""
         try:
@@ -265,9 +274,8 @@ class Devices:
         is_told = False
         while True:
             try:
-                async with self.changing:
-                    await change()
-                    return await self.adjust_locks()
+                async with self.change_unasked():
+                    return await change()
             except Undrained as error:
                 if not is_told:
                     log.warning("a filter cannot be taken away yet: %s", error.message)

@@ -86,6 +86,8 @@ class Exports:
         self.server = server
 
     def _require_no_server(self) -> None:
+        if not self._has_stopped.is_set():
+            raise RequestError("NBD server is being stopped, and waits for requests of its guests")
         if self.server is not None:
             raise RequestError("NBD server already running")
 
@@ -226,7 +228,7 @@ class Exports:
         """Forget an export when its clients have left, also when nobody waits for that any more."""
         if leaving:  # requests that hang keep nothing else from being changed
             await asyncio.wait(leaving)
-        async with self._devices.changing:
+        async with self._devices.change_unasked():
             await self._forget(export_id)
 
     @uninterrupted

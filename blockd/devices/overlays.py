@@ -83,8 +83,8 @@ class PutOverlay(Change):
         self._was_read_only = self.old.read_only
         self._devices.put_overlay(self.old, self.overlay)
         try:
+            await self._devices.graph.nodes.locks.cover()
             await self._devices.graph.set_read_only(self.old, True)
-            await self._devices.graph.nodes.locks.adjust()
         except BaseException:
             await self.undo()
             raise

@@ -220,7 +220,7 @@ class Streams:
         assert isinstance(active, OverlayNode), "only an overlay has a backing file"
 
         async def record() -> None:
-            async with self._devices.changing:
+            async with self._devices.change_unasked():
                 await self._devices.change_backing(active, filename or None)
 
         return record
@@ -366,7 +366,7 @@ class Streams:
         Raises:   RequestError, ImageError, StorageError: the image cannot be read, or not be written.
         Fails to: nothing is staged.
         """
-        async with self._devices.changing, AsyncExitStack() as undo:
+        async with self._devices.change_unasked(), AsyncExitStack() as undo:
             was_read_only = active.read_only
             front = CopyOnRead(active, None, self._devices.graph.generate_name())
             undo.callback(front.drop_staged)

@@ -24,7 +24,7 @@ from blockd.block.pins import unpinned
 from blockd.drivers.nodes import Nodes
 from blockd.drivers.opening import Opening, Restored, checked_overlay
 from blockd.drivers.permissions import check_acyclic
-from blockd.drivers.sharing import check_chain, check_unshared, files_of
+from blockd.drivers.sharing import check_chain, check_unshared, files_of, use_if_writable
 from blockd.drivers.table import DRIVERS, FORMATS, check_blockdev, copy_on_read
 from blockd.drivers.uses import Plan
 from blockd.errors import BlockdError, ErrorKind, RequestError
@@ -34,7 +34,7 @@ from blockd.filters.throttle_group import ThrottleGroup
 from blockd.formats.raw.image import RawImage
 from blockd.formats.raw.part import RawPart
 from blockd.found_files import FoundFile
-from blockd.protocols.image_lock import LockMode, Use
+from blockd.protocols.image_lock import LockMode
 from blockd.protocols.opening import Find
 
 log = logging.getLogger(__name__)
@@ -326,7 +326,7 @@ class NodeGraph:
             if role != "backing" and below.read_only and below.node_name in self._added:
                 raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
         for file in files_of(image):
-            check_unshared(file, self._nodes.same_files(file, read_only=False), Use.WRITING)
+            check_unshared(file, self._nodes.same_files(file, read_only=False), use_if_writable(file))
 
     def owned_parts(self, image: BlockNode) -> Iterator[BlockNode]:
         """The nodes that hold what an image is made of, unless they were added as nodes of their own."""

@@ -4,12 +4,14 @@ All of it is kept up to date with each change, so that no question takes a walk 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 from blockd.block.node import BlockNode, FilterNode
 from blockd.drivers.locking import FileLocks
 from blockd.drivers.permissions import Permissions
+from blockd.formats.raw.image import RawImage
+from blockd.formats.raw.part import RawPart
 from blockd.protocols.file import FileNode
 
 FilesByIdentity = dict[tuple[int, int], dict[FileNode, None]]
@@ -29,7 +31,7 @@ class Nodes(Mapping[str, BlockNode]):
         # Of these, those that are not read-only.
         self._writers: FilesByIdentity = {}
         self.permissions = Permissions(self)
-        self.locks = FileLocks(self.permissions.uses, partial(self.same_files, read_only=False))
+        self.locks = FileLocks(self.permissions.uses, partial(self.same_files, read_only=False), self._follow)
         # The names of nodes that came, went or were changed since `take_touched`.
         self._touched: dict[str, None] = {}
 
@@ -64,6 +66,20 @@ class Nodes(Mapping[str, BlockNode]):
     def same_files(self, file: FileNode, *, read_only: bool) -> Iterable[FileNode]:
         """The nodes that have the same file; for `read_only` use only those that may write to it."""
         return (self._writers if read_only else self._files).get(file.identity(), ())
+
+    def _follow(self, node: BlockNode, opened: Sequence[BlockNode]) -> None:
+        """Let what stands on a node know how large that is: others may have changed it while nobody used it.
+
+        `opened`: nodes that are not in the graph yet.
+
+        Raises:   RequestError: it is too small for a part of it.
+        """
+        above = [parent for parent, _ in self.parents(node)]
+        above += [one for one in opened if node in one.children().values()]
+        for parent in above:
+            if isinstance(parent, FilterNode | RawImage | RawPart):
+                parent.stand_before(node)
+                self._follow(parent, opened)
 
     def touch(self, node: BlockNode) -> None:
         """Something that is recorded of a node is different."""

@@ -45,6 +45,11 @@ def use_of(file: FileNode) -> Use:
     return file.use if isinstance(file, UsedFile) else Use.of(read_only=file.read_only)
 
 
+def use_if_writable(file: FileNode) -> Use:
+    """What may be done with a file that becomes writable: what it is locked for, if that follows its use."""
+    return file.use if isinstance(file, UsedFile) else Use.WRITING
+
+
 def check_unshared(file: FileNode, nodes: Iterable[BlockNode], use: Use) -> None:
     """Two nodes may use the same file only if neither writes.
 

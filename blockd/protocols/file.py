@@ -449,7 +449,7 @@ class FileNode(vectored.FileReads):
     async def reopen(self, *, read_only: bool) -> None:
         if self.read_only != read_only:
             await self.flush()
-            await in_thread(self._reopen_blocking, read_only)
+            await patiently(lambda: in_thread(self._reopen_blocking, read_only))
 
     def _claim_once(self, *, read_only: bool) -> Claim:
         return claim_for(self._lock_mode, read_only=read_only)

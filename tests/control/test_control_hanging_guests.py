@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from blockd.aio import uninterrupted
+from blockd.devices.device import Device
+from blockd.errors import StorageError
 from blockd.units import MIB
 from tests import qemu_img
 from tests.control.running import refusal, running, until
@@ -141,6 +143,9 @@ async def test_an_nbd_server_that_is_stopped_meanwhile_leaves_others_their_turn(
                 for command in ("nbd-server-add", "nbd-server-stop"):
                     arguments = {"device": "vda", "name": "other"} if command == "nbd-server-add" else {}
                     assert (await refusal(client, command, **arguments))[1] == "NBD server not running"
+                start = {"addr": {"type": "unix", "data": {"path": str(tmp_path / "early.sock")}}}
+                _, text = await refusal(client, "nbd-server-start", **start)
+                assert text == "NBD server is being stopped, and waits for requests of its guests"
                 assert not stopping.done()
         finally:
             may_end.set()
@@ -150,3 +155,31 @@ async def test_an_nbd_server_that_is_stopped_meanwhile_leaves_others_their_turn(
         address = {"type": "unix", "data": {"path": str(tmp_path / "again.sock")}}
         await client.command("nbd-server-start", {"addr": address})
         await client.command("nbd-server-add", {"device": "vda"})
+
+
+async def test_an_nbd_server_that_cannot_be_stopped_in_order_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What goes wrong with one disk keeps neither another server from starting nor the daemon from ending."""
+    disk, other = (qemu_img.create(tmp_path / f"{name}.qcow2", MIB) for name in ("disk", "other"))
+    async with running(tmp_path, "--device", f"vda={disk}", "--device", f"vdb={other}") as daemon:
+        client, devices = await daemon.qmp(), daemon.services.devices
+        guests = [await daemon.guest(name) for name in ("vda", "vdb")]
+        forget = devices.forget_unused
+
+        async def fail_once(device: Device) -> None:
+            monkeypatch.setattr(devices, "forget_unused", forget)
+            raise StorageError("the disk cannot be let go of")
+
+        monkeypatch.setattr(devices, "forget_unused", fail_once)
+        _, text = await refusal(client, "nbd-server-stop")
+        assert text == "the disk cannot be let go of"
+        assert await client.command("query-block-exports") == []
+        for guest in guests:
+            with pytest.raises(StorageError):
+                await guest.read(0, 512)
+        assert not daemon.nbd_path.exists()
+        address = {"type": "unix", "data": {"path": str(daemon.nbd_path)}}
+        await client.command("nbd-server-start", {"addr": address})
+        await client.command("nbd-server-add", {"device": "vda"})
+        assert await (await daemon.guest("vda")).read(0, 512) == bytes(512)

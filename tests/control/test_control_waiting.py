@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from blockd.aio import ThreadCalls, in_thread
+from blockd.aio import ThreadCalls, in_thread, process_calls
 from blockd.daemon.journal import parse_journal
-from blockd.devices.turns import ChangeLock
+from blockd.devices.turns import ChangeLock, NoTurn
 from blockd.units import MIB
 from tests import qemu_img
 from tests.control.running import WAIT_S, Running, refusal, running, until
@@ -134,6 +134,31 @@ async def test_a_job_that_cannot_end_behind_such_a_change_ends_later(tmp_path: P
     assert ("backing" in qemu_img.qemu("qemu-img", "info", disk)) != is_done
 
 
+async def test_a_stream_with_nothing_to_copy_that_cannot_end_behind_such_a_change_ends_later(
+    tmp_path: Path,
+) -> None:
+    """It has begun before the change that hangs, and is to record another name after it."""
+    base = qemu_img.create(tmp_path / "base.qcow2", MIB)
+    disk = qemu_img.create(tmp_path / "disk.qcow2", MIB, backing=base)
+    async with running(tmp_path, "--device", f"vda={disk}") as daemon:
+        client = await daemon.qmp()
+        arguments = {"device": "vda", "job_id": "j", "base": str(base), "backing_file": "./base.qcow2"}
+
+        async def hang() -> None:
+            async with hanging_change(daemon) as other:
+                assert HANGS in (await streaming)[1]
+                assert [job["id"] for job in await other.command("query-jobs")] == ["j"]
+
+        async with daemon.services.devices.changing:
+            streaming = asyncio.create_task(refusal(client, "block-stream", **arguments))
+            await until(lambda: waiting_count(daemon) == 1)
+            hanging = asyncio.create_task(hang())
+            await until(lambda: waiting_count(daemon) == 2)
+        await hanging
+        await client.event("BLOCK_JOB_COMPLETED")
+    assert qemu_img.info(disk)["backing-filename"] == "./base.qcow2"
+
+
 @pytest.mark.parametrize("command", OF_THE_JOURNAL)
 async def test_what_cannot_be_recorded_behind_such_a_change_is_answered(tmp_path: Path, command: str) -> None:
     async with (
@@ -147,9 +172,11 @@ async def test_what_cannot_be_recorded_behind_such_a_change_is_answered(tmp_path
     assert group["id"] == "t"
 
 
-@pytest.mark.parametrize("beside_s", [0.0, 1000.0], ids=["nothing hangs", "a guest's read hangs beside it"])
+@pytest.mark.parametrize(
+    ("held_s", "hanging_s"), [(1000.0, 0.0), (0.0, 1000.0)], ids=["nothing hangs", "a guest's read hangs"]
+)
 async def test_behind_a_change_that_only_takes_long_it_has_its_turn(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, beside_s: float
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_s: float, hanging_s: float
 ) -> None:
     async with running(tmp_path, *nodes(tmp_path)) as daemon:
         client, devices = await daemon.qmp(), daemon.services.devices
@@ -160,10 +187,22 @@ async def test_behind_a_change_that_only_takes_long_it_has_its_turn(
             return tries[-1]
 
         monkeypatch.setattr(devices.changing, "_has_come", noted)
-        monkeypatch.setattr(ThreadCalls, "longest_s", beside_s)
-        monkeypatch.setattr(ChangeLock, "held_s", 0.0)
+        monkeypatch.setattr(ThreadCalls, "longest_s", hanging_s)
+        monkeypatch.setattr(ChangeLock, "held_s", held_s)
         async with devices.changing:
             removing = asyncio.create_task(client.command("blockdev-del", {"node-name": "n"}))
             await until(lambda: len(tries) > 1)
             assert not removing.done()
         await removing
+
+
+async def test_a_copy_by_another_process_that_hangs_is_such_a_change_too() -> None:
+    lock = ChangeLock()
+    lock.turn_max_s = 0.01
+    async with lock:
+        copying = process_calls.begin()
+        try:
+            with pytest.raises(NoTurn, match=HANGS):
+                await lock.unless_hanging(lock.acquire)
+        finally:
+            process_calls.finish(copying)

@@ -1,5 +1,6 @@
 """Image locks: who may open an image beside whom, with QEMU's programs and with blockd itself, both ways."""
 
+import asyncio
 import os
 import subprocess
 from collections.abc import AsyncIterator, Callable
@@ -13,14 +14,15 @@ from blockd.block.node import BlockNode
 from blockd.block.permissions import CONSISTENT_READ, WRITE
 from blockd.drivers import NodeGraph
 from blockd.drivers.permissions import Claim
-from blockd.errors import RequestError
-from blockd.protocols import image_lock
+from blockd.errors import RequestError, StorageError
+from blockd.protocols import file, image_lock
 from blockd.protocols.file import FileNode
 from blockd.protocols.image_lock import NO_CLAIM, LockMode, change_claim, claim_for
 from blockd.protocols.new_file import new_file
 from blockd.units import MIB
 from tests import qemu_img
 from tests.conftest import StartDaemon
+from tests.control.running import WAIT_S, refusal, running
 from tests.locks.holders import HOLDERS, Hold
 from tests.loop_device import can_loop, loop_device
 from tests.qmp_client import QmpError
@@ -314,6 +316,38 @@ async def test_reader_that_cannot_become_a_writer_stays_a_reader(image: Path) ->
         async with opened(image, read_only=True):
             pass
     await file.close()
+
+
+async def test_who_looks_at_an_image_does_not_keep_it_read_only_when_a_switch_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not locked for writing then, for a moment; its guest is to go on writing."""
+    image = qemu_img.create(tmp_path / "disk.qcow2", MIB)
+    overlay = qemu_img.create(tmp_path / "over.qcow2", MIB, backing=image)
+    async with running(tmp_path, "--device", f"vda={image}") as daemon:
+        client, guest, other = await daemon.qmp(), await daemon.guest("vda"), NodeGraph()
+        loop, is_refused = asyncio.get_running_loop(), asyncio.Event()
+
+        async def fail() -> None:
+            await other.open_image(str(image), "qcow2", read_only=True)
+            raise StorageError("the journal cannot be written")
+
+        def change(*arguments: Any) -> None:
+            try:
+                change_claim(*arguments)
+            except RequestError:
+                loop.call_soon_threadsafe(is_refused.set)
+                raise
+
+        monkeypatch.setattr(image_lock, "PATIENCE_S", WAIT_S)
+        monkeypatch.setattr(file, "change_claim", change)
+        daemon.services.devices.record = fail
+        switching = asyncio.create_task(refusal(client, "block_switch", device="vda", filename=str(overlay)))
+        await is_refused.wait()
+        await other.close()
+        assert (await switching)[1] == "the journal cannot be written"
+        await guest.write(0, b"guest")
+        await guest.flush()
 
 
 async def test_switch_and_reopen_move_the_locks(tmp_path: Path, start_daemon: StartDaemon) -> None:

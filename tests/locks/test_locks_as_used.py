@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from blockd.block.permissions import NOTHING, RESIZE, writes
+from blockd.block.permissions import NOTHING, RESIZE, WRITE, writes
+from blockd.drivers import NodeGraph
+from blockd.drivers.permissions import Claim
 from blockd.drivers.sharing import use_of
+from blockd.errors import RequestError, StorageError
 from blockd.protocols.file import FileNode
 from blockd.protocols.image_lock import Use
 from blockd.protocols.used_file import UsedFile
@@ -47,6 +50,19 @@ def can_be_written(path: Path) -> bool:
     done = subprocess.run(words, capture_output=True, text=True, timeout=qemu_img.TIMEOUT_S, check=False)
     assert done.returncode == 0 or "Is another process using" in done.stderr
     return done.returncode == 0
+
+
+async def can_be_read(path: Path) -> bool:
+    """Whether another one that wants nobody to write meanwhile gets the file for reading."""
+    other = NodeGraph()
+    try:
+        await other.open_image(str(path), "raw", read_only=True)
+    except RequestError as error:
+        assert LOCK.search(error.message)
+        return False
+    finally:
+        await other.close()
+    return True
 
 
 def _is_locked(path: Path) -> bool:
@@ -215,6 +231,76 @@ async def test_an_image_does_not_become_a_backing_that_another_program_writes(ba
             assert text.startswith(f"Could not open '{base}': Failed to get shared \"write\" lock.")
         assert daemon.services.graph["over"].backing is None
         assert not daemon.services.graph["r"].read_only
+
+
+async def test_a_node_that_nobody_uses_becomes_writable_again_beside_one_that_is_read(base: Path) -> None:
+    """It is told so, or a snapshot of it is undone, as another one of the transaction cannot be taken."""
+    one, other = overlay_of(base), overlay_of(base, "other")
+    async with running(base.parent) as daemon:
+        client = await daemon.qmp()
+        await add(client, raw("r", base), raw("read", base), qcow2("over", one, backing="read"))
+        await reopen(client, raw("r", base, read_only=True))
+        await reopen(client, raw("r", base))
+        await add(client, qcow2("s", other, backing=None))
+        snapshots = [
+            {"type": "blockdev-snapshot", "data": {"node": node, "overlay": "s"}} for node in ("r", "over")
+        ]
+        _, text = await refusal(client, "transaction", actions=snapshots)
+        assert text == "The overlay is already in use"
+        assert not daemon.services.graph["r"].read_only
+        assert WRITE_LOCK in await refused_export(client, "r", writable=True)
+        await client.command("blockdev-del", {"node-name": "over"})
+        await client.command("blockdev-del", {"node-name": "read"})
+        await export(client, "r")
+
+
+async def test_an_image_is_let_go_of_only_when_a_snapshot_of_it_cannot_be_undone_any_more(base: Path) -> None:
+    overlay = overlay_of(base)
+    async with running(base.parent) as daemon:
+        client, devices = await daemon.qmp(), daemon.services.devices
+        await add(client, raw("r", base), qcow2("over", overlay, backing=None))
+        await export(client, "r")
+        may_be_read: list[bool] = []
+
+        async def fail() -> None:
+            may_be_read.append(await can_be_read(base))
+            raise StorageError("the journal cannot be written")
+
+        devices.record, record = fail, devices.record
+        await refusal(client, "blockdev-snapshot", node="r", overlay="over")
+        assert may_be_read == [False]
+        assert not await can_be_read(base)
+        devices.record = record
+        await client.command("blockdev-snapshot", node="r", overlay="over")
+        assert await can_be_read(base)
+
+
+async def test_recording_another_name_for_a_backing_gives_the_lock_back(base: Path) -> None:
+    """The image is a backing itself, and written for that."""
+    middle, top = overlay_of(base, "middle"), overlay_of(base, "top")
+    async with running(base.parent) as daemon:
+        client = await daemon.qmp()
+        await add(client, raw("b", base), qcow2("m", middle, backing="b"), qcow2("t", top, backing=None))
+        await client.command("blockdev-snapshot", node="m", overlay="t")
+        await stream(client, "j", "m", base_node="b", backing_file="./base.raw")
+        await finished(client, "j")
+        assert qemu_img.info(middle)["backing-filename"] == "./base.raw"
+        check_locks(daemon)
+        assert await can_be_read(middle)
+
+
+async def test_a_file_that_cannot_be_locked_keeps_no_other_one_locked(base: Path) -> None:
+    """However it came to be used without having been locked for that."""
+    other = base.with_name("other.raw")
+    other.write_bytes(bytes(SIZE))
+    async with running(base.parent) as daemon:
+        client, graph = await daemon.qmp(), daemon.services.graph
+        await add(client, file(base, node_name="f"), file(other, node_name="g"))
+        with HOLDERS["a second blockd"](base, "raw", False):
+            graph.permissions.claim(Claim(graph["f"], WRITE))
+            await export(client, "g")
+            await unexport(client, "g")
+            assert can_be_written(other)
 
 
 async def test_what_another_program_has_made_of_a_file_is_known_when_it_is_used(tmp_path: Path) -> None:

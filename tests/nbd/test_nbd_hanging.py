@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from blockd.aio import in_thread, thread_calls
+from blockd.block.guest_memory import GuestMemory
 from blockd.exports.nbd import server
 from blockd.units import MIB
 from blockd.wire.nbd import constants as nbd
@@ -49,11 +50,11 @@ async def at(
                 answer.set()
 
 
-async def ask_and_leave(at: Serving, *, count: int = 1, also: bytes = b"") -> None:
+async def ask_and_leave(at: Serving, *, count: int = 1, offset: int = 0, also: bytes = b"") -> None:
     before = thread_calls.count
     async with await at.raw() as guest:
         await transmitting(guest)
-        guest.send(b"".join(pack(nbd.CMD_READ, number, 0, 4096) for number in range(count)) + also)
+        guest.send(b"".join(pack(nbd.CMD_READ, number, offset, 4096) for number in range(count)) + also)
         await until(lambda: thread_calls.count >= before + count)
 
 
@@ -87,15 +88,19 @@ async def test_there_is_a_limit_to_that(
 
 
 async def test_places_that_could_not_be_freed_are_freed_later(
-    at: Serving, monkeypatch: pytest.MonkeyPatch
+    at: Serving, answers: defaultdict[int, threading.Event], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server, "LEFT_REQUEST_COUNT_MAX", 0)
+    """When others that have left are gone, though its own disk still hangs."""
+    monkeypatch.setattr(server, "LEFT_REQUEST_COUNT_MAX", 1)
+    await ask_and_leave(at)
+    await until(lambda: len(at.server._left) == 1)
     for _ in range(LIMIT):
-        await ask_and_leave(at)
+        await ask_and_leave(at, offset=4096)
     await until(lambda: len(at.server._leaving) == LIMIT)
     assert not has_place(at)
-    monkeypatch.setattr(server, "LEFT_REQUEST_COUNT_MAX", LIMIT)
-    at.server._free_slots()
+    answers[0].set()
+    await at.until_connections(LIMIT)
+    assert (len(at.server._left), len(at.server._leaving)) == (1, 1)
     assert has_place(at)
 
 
@@ -113,3 +118,20 @@ async def test_who_has_left_holds_nothing_but_what_is_under_way(
     answers[4096].set()
     await until(lambda: left.request_count == 2)
     assert left.held == 2 * 4096
+    assert not left._replies
+
+
+async def test_who_has_left_does_not_wait_for_memory(at: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody behind it in the queue would have any, as long as its disk hangs."""
+    memory = at.server._memory
+    budget, memory.share = GuestMemory(2 * MIB), MIB // 2
+    monkeypatch.setattr(memory, "budget", budget)
+    async with await at.raw() as guest:
+        await transmitting(guest)
+        guest.send(pack(nbd.CMD_READ, 1, 0, MIB) + pack(nbd.CMD_READ, 2, 0, MIB))
+        await until(lambda: len(budget._queue) == 1)
+    await until(lambda: len(at.server._left) == 1)
+    assert not budget._queue
+    assert budget.spare == MIB // 2
+    async with await at.client() as other:
+        await other.write(0, bytes(MIB))

@@ -139,6 +139,45 @@ async def test_leaks_inside_a_file_that_never_grew_are_found(tmp_path: Path, com
     await require_content(killed)
 
 
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+async def test_leaks_are_found_whenever_it_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compat: str
+) -> None:
+    """Also while clusters become free and none come into use."""
+    path, killed = tmp_path / "image.qcow2", tmp_path / "killed.qcow2"
+    async with new_file(str(path)) as file:
+        await create(file, SIZE, "qcow2", compat=compat)
+    image = await open_file(path)
+    await image.write(0, stamp(1, 0, 2 * DATA_LENGTH))
+    await close(image)
+    states = [path.read_bytes()]
+    with monkeypatch.context() as patch:
+        for name in ("write_blocking", "punch_hole_blocking", "truncate_blocking"):
+            patch.setattr(FileNode, name, then(lambda: states.append(path.read_bytes()), name))
+        image = await open_file(path)
+        await image.discard(DATA_LENGTH, DATA_LENGTH)
+        await image.flush()
+        await close(image)
+    leak_counts = set()
+    for state in states:
+        killed.write_bytes(state)
+        leak_counts.add(leak_count(killed))
+        await close(await open_file(killed))
+        assert leak_count(killed) == 0
+    assert DATA_LENGTH // CLUSTER in leak_counts
+
+
+def then(note: Callable[[], None], name: str) -> Callable[..., None]:
+    """A method of a file, and after it `note`."""
+    method: Callable[..., None] = getattr(FileNode, name)
+
+    def noted(*arguments: object) -> None:
+        method(*arguments)
+        note()
+
+    return noted
+
+
 async def test_a_file_of_version_2_that_is_as_long_as_it_has_to_be_is_not_looked_through(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

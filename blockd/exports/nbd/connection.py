@@ -168,6 +168,7 @@ class Connection(asyncio.BufferedProtocol):
         self.stop()
         self._has_left = True
         own = self._received.close()
+        self._held.wait_no_more()  # whoever is behind it in the queue would wait for a disk that may hang
         self._held.change(-self._unsent - (0 if own is None else own.held))
         self._unsent = 0
         self._replies.clear()

@@ -232,7 +232,7 @@ class Metadata:
         refcounts = self.allocator.take_changes()
         maps = self.mapping.take_changes()
         try:
-            if refcounts.blocks and not self.knows_zero:
+            if (refcounts.blocks or freed) and not self.knows_zero:
                 await self._stay_longer()
             await in_thread(checkpoint.write_checkpoint, self.file, refcounts, maps)
         except BaseException:
