@@ -7,9 +7,12 @@ guest reads and writes over NBD. A model in memory knows what every byte must be
 """
 
 import asyncio
+import contextlib
+import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -29,6 +32,8 @@ from blockd.protocols.new_file import new_file
 from blockd.units import KIB, MIB, SECTOR_SIZE, format_size
 
 DEVICE = "vda"
+# In a folder that the demonstration has made.
+MARK = ".blockd-demo"
 DISK_SIZE = 256 * MIB
 # The base has data in its first part and a hole behind it, as images have.
 BASE_DATA_SIZE = 192 * MIB
@@ -226,7 +231,7 @@ def say_how_to_go_on(folder: Path) -> None:
 
   cd {folder}
   export PATH={programs}:$PATH
-  blockd --device {DEVICE}=copy.qcow2 &                  # the daemon, on the finished copy
+  blockd --device {DEVICE}=copy.qcow2 --daemonize        # the daemon, on the finished copy
   blockctl list                                     # what it serves
   nbdinfo 'nbd+unix:///{DEVICE}?socket=blockd.nbd'       # any NBD client can be the guest
   echo '{{"execute": "qmp_capabilities"}} {{"execute": "query-block"}}' | socat -t 1 - UNIX-CONNECT:blockd.qmp
@@ -236,10 +241,25 @@ def say_how_to_go_on(folder: Path) -> None:
     )
 
 
+def make_empty(folder: Path) -> None:
+    """Make the folder, in place of one that an earlier demonstration has made, and no other."""
+    mark = folder / MARK
+    if folder.exists():
+        if not mark.exists():
+            sys.exit(
+                f"{folder} was not made by this demonstration, which would empty it: name another folder"
+            )
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as probe:
+            probe.connect(os.path.relpath(folder / "blockd.qmp"))
+            sys.exit(f"a daemon runs in {folder}: end it, or name another folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    mark.touch()
+
+
 async def main(folder: Path) -> None:
     started = time.perf_counter()
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    make_empty(folder)
     content = write_base(folder / "base.raw")
     await make_overlay(folder / "disk.qcow2", folder / "base.raw", "raw")
     say(f"made base.raw, {format_size(DISK_SIZE)} with recognisable data, and disk.qcow2, an empty overlay")
@@ -250,4 +270,6 @@ async def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    if any(word.startswith("-") for word in sys.argv[1:]):
+        sys.exit(__doc__)
     asyncio.run(main(Path(sys.argv[1] if sys.argv[1:] else "demo-run").resolve()))

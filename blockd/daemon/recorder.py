@@ -317,9 +317,12 @@ class Recorder:
                 raise
             try:
                 await self._save_or_tell()
-            except StorageError:
+            except StorageError as error:
                 if command.name not in _RECORDING:
-                    raise
+                    text = (
+                        f"{error.message}; {command.name} was carried out, but a restart would not know of it"
+                    )
+                    raise StorageError(text, errno=error.errno) from error
             return result
 
         return replace(command, handler=handler)

@@ -80,8 +80,8 @@ class FileLocks:
                 else:
                     changed.pop(file, None)
                     self._taken.pop(file, None)
-        for error in refused.values():
-            raise error
+        for refusal in refused.values():
+            raise refusal
 
     async def _adjust(self, file: UsedFile) -> None:
         if not file.is_closed:

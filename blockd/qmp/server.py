@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Generic, Self, TypeVar
 from blockd.aio import addresses_of, connected, keeping_socket_files, task_group
 from blockd.errors import BlockdError, RequestError
 from blockd.filenames import check_path
+from blockd.qmp import stdio
 from blockd.qmp.connection import Connection, Streams
 from blockd.qmp.envelope import error_reply
 from blockd.qmp.events import EventBus
@@ -162,12 +163,13 @@ class QmpServer(Generic[Context]):
     async def serve_stdio(self, *, pretty: bool = False) -> None:
         """Serve the client that writes to our standard input and reads our standard output.
 
-        Raises:   RequestError: they are neither pipes nor sockets nor a terminal.
+        Raises:   RequestError: they are closed, or such that nothing can be read or written.
         """
         try:
             streams = await _stdio_streams()
         except (OSError, ValueError) as error:
-            raise RequestError("stdio needs pipes or a terminal, not files: try cat FILE | blockd") from error
+            reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else str(error)
+            raise RequestError(f"Failed to use standard input and output: {reason}") from error
         self._serve(streams, "stdio", pretty)
 
     def stop(self) -> None:
@@ -299,6 +301,7 @@ async def _stdio_streams() -> Streams:
     loop = asyncio.get_running_loop()
     reader, unread = asyncio.StreamReader(), asyncio.StreamReader()
     protocol = asyncio.StreamReaderProtocol(unread)
-    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(os.dup(0), "rb"))
-    transport, _ = await loop.connect_write_pipe(lambda: protocol, os.fdopen(os.dup(1), "wb"))
+    source, target = stdio.readable(0), stdio.writable(1)
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(source, "rb"))
+    transport, _ = await loop.connect_write_pipe(lambda: protocol, os.fdopen(target, "wb"))
     return reader, asyncio.StreamWriter(transport, protocol, None, loop)

@@ -18,6 +18,7 @@ from blockd.aio import keeping_socket_files
 from blockd.errors import RequestError
 from blockd.qmp import server as server_module
 from blockd.qmp.server import QmpServer
+from blockd.units import MIB
 from tests.qmp.toys import TOYS, ToyContext
 from tests.qmp_client import QmpClient
 
@@ -292,12 +293,35 @@ def test_stdio() -> None:
     assert messages[-1]["id"] == 1
 
 
-def test_stdio_does_not_take_files(tmp_path: Path) -> None:
-    script = tmp_path / "script"
-    script.write_text("{}")
-    with script.open() as stdin:
-        done = subprocess.run(PROGRAM, stdin=stdin, capture_output=True, timeout=100, check=False)
-    assert b"stdio needs pipes or a terminal" in done.stderr
+def test_stdio_may_be_files(tmp_path: Path) -> None:
+    """No event loop can wait for them; libuv ends the process if it is to."""
+    script, replies = tmp_path / "script", tmp_path / "replies"
+    script.write_bytes(
+        b'{"execute": "qmp_capabilities"}' * 2 + b'{"execute": "look", "id": "%s"}' % (b"x" * MIB)
+    )
+    with script.open() as stdin, replies.open("w") as stdout:
+        subprocess.run(PROGRAM, stdin=stdin, stdout=stdout, timeout=100, check=True)
+    messages = [json.loads(line) for line in replies.read_text().splitlines()]
+    assert [next(iter(message)) for message in messages] == ["QMP", "return", "error", "return"]
+    assert messages[-1]["id"] == "x" * MIB
+
+
+@pytest.mark.parametrize("is_stdout", [True, False])
+async def test_a_daemon_whose_stdio_is_no_pipe_serves_the_others(tmp_path: Path, *, is_stdout: bool) -> None:
+    words = ("--chardev", "stdio,id=m", "--monitor", "m", "--qmp", "qmp.sock", "--pidfile", "pid")
+    program = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "blockd.cli.daemon", *words),
+        cwd=tmp_path,
+        stdin=subprocess.PIPE if is_stdout else subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL if is_stdout else subprocess.PIPE,
+    )
+    async with asyncio.timeout(100):
+        while not (tmp_path / "pid").exists():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+    client = await QmpClient.connect(str(tmp_path / "qmp.sock"))
+    await client.command("quit")
+    await program.communicate()
+    assert program.returncode == 0
 
 
 if __name__ == "__main__":

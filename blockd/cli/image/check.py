@@ -64,6 +64,9 @@ def report_lines(report: CheckReport) -> Iterator[str]:
         yield ""
         yield f"{report.leaks} leaked clusters were found on the image."
         yield "This means waste of disk space, but no harm to data."
+    if report.refusal is not None:
+        yield ""
+        yield f"Not repaired: {report.refusal}"
     yield from _size_lines(report)
 
 
