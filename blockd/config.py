@@ -94,6 +94,8 @@ class FileDevice(NamedTuple):
     name: str
     filename: str
     format: str | None = None
+    # Of its backing file, if the image records one without its format.
+    backing_format: str | None = None
 
 
 class NodeDevice(NamedTuple):

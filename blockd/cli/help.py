@@ -18,7 +18,8 @@ For people:
   --device NAME=FILE[,format=FORMAT]         a disk on an image file, exported under its name; FORMAT (qcow2,
                                              qed, add-cow or raw) is needed unless the file's name ends in it,
                                              such as .qcow2, and its content agrees. blkstream:FILE copies
-                                             on read.
+                                             on read. ,backing-format=FORMAT likewise says what the backing
+                                             file is, where the image does not record it.
   --device id=NAME,node-name=NODE            a disk on a node that --blockdev defined
   --qmp PATH                                 listen for QMP on this unix socket
   --nbd PATH | HOST:PORT                     listen for NBD here
