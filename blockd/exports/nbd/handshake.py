@@ -8,13 +8,11 @@ haggling goes on; what breaks the framing itself raises PeerError and costs the 
 from collections.abc import Callable, Mapping
 
 from blockd.errors import PeerError
+from blockd.exports.nbd.block_sizes import block_sizes
 from blockd.exports.nbd.export import Export, Terms, find_export, not_present
-from blockd.units import KIB
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling as wire
 
-# The unit the page cache works in.
-PREFERRED_BLOCK_SIZE = 4 * KIB
 ALLOCATION_CONTEXT_ID = 0
 
 
@@ -115,19 +113,25 @@ class Handshake:
     # -- what can be asked before -------------------------------------------------------------
 
     def _info(self, data: bytes) -> Export | None:
-        """Describe an export and return it; the answer is the same for INFO and GO."""
+        """Describe an export and return it.
+
+        As QEMU does: description and block sizes are told to clients that have not asked for them, too.
+        """
         go = wire.parse_go(data)
         export = self._find(go.name)
         if export is None:
             return None
-        self._reply(nbd.REP_INFO, wire.pack_info_export(export.info(structured=self._is_structured)))
         if nbd.INFO_NAME in go.infos:
             self._reply(nbd.REP_INFO, wire.pack_info_text(nbd.INFO_NAME, export.name))
-        if nbd.INFO_DESCRIPTION in go.infos and export.description:
+        if export.description:
             self._reply(nbd.REP_INFO, wire.pack_info_text(nbd.INFO_DESCRIPTION, export.description))
-        if nbd.INFO_BLOCK_SIZE in go.infos:
-            sizes = wire.pack_info_block_size(1, PREFERRED_BLOCK_SIZE, nbd.REQUEST_LENGTH_MAX)
-            self._reply(nbd.REP_INFO, sizes)
+        keeps_to_sizes = nbd.INFO_BLOCK_SIZE in go.infos
+        sizes = block_sizes(export.root.top, has_minimum=keeps_to_sizes or self._option == nbd.OPT_INFO)
+        self._reply(nbd.REP_INFO, wire.pack_info_block_size(*sizes))
+        self._reply(nbd.REP_INFO, wire.pack_info_export(export.info(structured=self._is_structured)))
+        if not keeps_to_sizes and sizes.minimum > 1:
+            self._reply(nbd.REP_ERR_BLOCK_SIZE_REQD, b"request NBD_INFO_BLOCK_SIZE to use this export")
+            return None
         self._reply(nbd.REP_ACK)
         return export
 
