@@ -46,7 +46,7 @@ written twice) or a JSON object:
              [,backing=NODE|backing.driver=...][,read-only=on|off]
   --blockdev [driver=]copy-on-read|blkstream,node-name=N,file=NODE[,bottom=NODE]
   --blockdev [driver=]throttle,node-name=N,file=NODE,throttle-group=I
-  --blockdev [driver=]faults|blkdebug,node-name=N,image=NODE[,inject-error.0.event=E]...
+  --blockdev [driver=]faults|blkdebug,node-name=N,image=NODE[,inject-error.0.event=E]...[,config=FILE]
   --chardev  socket,id=I,path=P[,server=on]  a unix socket to listen on, or to connect to
   --chardev  socket,id=I,host=H,port=P[,server=on]
   --chardev  socket,id=I,fd=N[,server=on]    an inherited socket

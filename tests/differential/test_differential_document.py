@@ -99,6 +99,7 @@ EFFECTIVE = {
     *("offset", "size"),  # tests/formats/test_raw_part.py
     *("latency-ns", "read-zeroes"),  # tests/formats/test_null.py
     "bottom",  # tests/stream
+    "config",  # test_differential_fault_config.py
     *(f"inject-error.{name}" for name in ("event", "state", "iotype", "sector", "once", "errno")),
     *(f"delay.{name}" for name in ("event", "state", "iotype", "sector", "once", "milliseconds")),
     *("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"),
