@@ -234,6 +234,7 @@ class Opening:
             "read-only": wanted.read_only if read_only is None else read_only,
             "auto-read-only": wanted.may_be_read_only,
             "force-share": bool(wanted.options.get("force-share")),
+            "discard": "unmap",  # what is to be ignored does not come down here
         }
         if cache := {**_flags(wanted.options, "cache"), **_flags(told, "cache")}:
             told = {**told, "cache": cache}

@@ -175,7 +175,7 @@ async def test_wrong_options(graph: NodeGraph, tmp_path: Path) -> None:
         ),
         (
             {"driver": "copy-on-read", "node-name": "x", "file": "taken"},
-            "Cannot copy on read into 'taken': it is not a writable image with a backing file",
+            "Cannot copy on read into 'taken': it is no image that can have a backing file",
         ),
     ]
     for options, message in cases:

@@ -68,7 +68,9 @@ class RawPart(BlockNode):
         """
         start, size = self._start, self._fixed_size
         _require_inside(child, start, size)
-        told = {"offset": start, "driver": self.driver} | ({} if size is None else {"size": size})
+        # As in QEMU, what was not told is left out, and members stand in this order.
+        told: dict[str, object] = {"offset": start} if start or size is None else {}
+        told |= {"driver": self.driver} | ({} if size is None else {"size": size})
         below = {"driver": child.driver, "filename": child.filename}
         self.filename = NAME_PREFIX + json.dumps({**told, "file": below})
         self.file = child
