@@ -68,6 +68,8 @@ class Field(NamedTuple):
 
     check: Check
     is_required: bool = False
+    # What `query-qmp-schema` says of it besides, such as ``deprecated``.
+    features: tuple[str, ...] = ()
 
 
 Fields = Mapping[str, Field]
