@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from blockd.aio import uninterrupted
+from blockd.block.chain import chain_map
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode, Buffer, ProtocolNode, Segment
 from blockd.block.permissions import RESIZE, Access
@@ -107,7 +108,8 @@ class RawPart(BlockNode):
         return await self.file.plan_read(self._start + offset, length)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        extents = await self.file.map(self._start + offset, length)
+        # Of its whole chain: what an image below does not hold itself is in its backing file.
+        extents = await chain_map(self.file, self._start + offset, length)
         return [Extent(extent.offset - self._start, extent.length, extent.kind) for extent in extents]
 
     def kind_nowait(self, offset: int, length: int) -> Kind | None:
