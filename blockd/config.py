@@ -83,6 +83,7 @@ class Export(NamedTuple):
     description: str = ""
     writable: bool = False
     writethrough: bool = False
+    allocation_depth: bool = False
 
 
 class FileDevice(NamedTuple):

@@ -56,7 +56,7 @@ written twice) or a JSON object:
   --nbd-server addr.type=inet,addr.host=H,addr.port=N
   --nbd-server addr.type=fd,addr.str=N
   --export   [type=]nbd,id=I,node-name=N[,name=X][,description=T][,writable=on|off]
-                   [,writethrough=on|off]
+                   [,writethrough=on|off][,allocation-depth=on|off]
   --object   throttle-group,id=I[,limits.iops-total=N][,limits.bps-write=N]...
   --object   secret|tls-creds-x509|iothread,id=I,...
   --pidfile  PATH                            written when everything is ready, removed at the end

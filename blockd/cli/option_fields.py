@@ -108,6 +108,7 @@ EXPORT: Fields = {
     "description": Field(text),
     "writable": Field(flag),
     "writethrough": Field(flag),
+    "allocation-depth": Field(flag),
     "iothread": Field(text),
     "fixed-iothread": Field(flag),
 }

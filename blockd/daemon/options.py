@@ -160,6 +160,7 @@ class Starter:
             description=option.description,
             writable=option.writable,
             writethrough=option.writethrough,
+            allocation_depth=option.allocation_depth,
         )
 
     async def _add_file_device(self, option: FileDevice) -> None:

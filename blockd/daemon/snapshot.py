@@ -273,6 +273,7 @@ def export_record(offer: Offer, nodes: NodeRecords) -> ExportRecord:
         description=offer.export.description,
         is_writable=offer.export.writable,
         is_writethrough=offer.export.writethrough,
+        tells_depth=offer.export.allocation_depth,
     )
 
 

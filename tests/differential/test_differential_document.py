@@ -32,6 +32,7 @@ SHOWN_ELSEWHERE = {
     "Socket files belong to one daemon": "tests/qmp/test_qmp_transports.py",
     "Nothing told is nothing asked for": "tests/differential/test_differential_options.py",
     "The order of nodes": "tests/differential/test_differential_options.py",
+    "Block status where QSD knows nothing": "tests/differential/test_differential_block_status.py",
     "A minimum block size that NBD allows": "tests/differential/test_differential_block_sizes.py",
     "Disks whose size is no multiple of 512": "tests/differential/test_differential_block_sizes.py",
     "`blockctl image map` does not look for holes in a file": "tests/interop/test_population.py",

@@ -72,7 +72,7 @@ async def test_go_ends_the_haggling_with_what_was_agreed(handshake: Handshake) -
     assert handshake.terms is not None
     assert handshake.terms.export.name == "disk"
     assert handshake.terms.structured
-    assert handshake.terms.has_allocation
+    assert handshake.terms.contexts == ("base:allocation",)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +97,7 @@ async def test_contexts_hold_for_their_own_export_only(handshake: Handshake) -> 
     option(handshake, nbd.OPT_SET_META_CONTEXT, meta("other", "base:allocation"))
     option(handshake, nbd.OPT_GO, haggling.pack_go(GoOption("disk", [])))
     assert handshake.terms is not None
-    assert not handshake.terms.has_allocation
+    assert not handshake.terms.contexts
 
 
 async def test_list_names_every_export(handshake: Handshake) -> None:

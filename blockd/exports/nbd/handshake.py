@@ -9,11 +9,9 @@ from collections.abc import Callable, Mapping
 
 from blockd.errors import PeerError
 from blockd.exports.nbd.block_sizes import block_sizes
-from blockd.exports.nbd.export import Export, Terms, find_export, not_present
+from blockd.exports.nbd.export import CONTEXTS, Export, Terms, find_export, not_present
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling as wire
-
-ALLOCATION_CONTEXT_ID = 0
 
 
 class Handshake:
@@ -28,7 +26,8 @@ class Handshake:
         self._option = 0
         self._option_count = 0
         self._is_structured = False
-        self._allocation_export: Export | None = None
+        # What was asked for of block status, and for which export.
+        self._contexts: tuple[Export | None, tuple[str, ...]] = None, ()
 
     def take(self, data: memoryview) -> int:
         """Work through the complete messages in `data`; return how many bytes were used.
@@ -104,7 +103,8 @@ class Handshake:
             self._agree(export)
 
     def _agree(self, export: Export) -> None:
-        self.terms = Terms(export, self._is_structured, self._allocation_export is export, client=self)
+        asked_for, contexts = self._contexts
+        self.terms = Terms(export, self._is_structured, contexts if asked_for is export else (), client=self)
 
     def _abort(self, data: bytes) -> None:
         self._reply(nbd.REP_ACK)
@@ -156,22 +156,25 @@ class Handshake:
 
     def _list_meta_context(self, data: bytes) -> None:
         meta = self._parse_meta(data)
-        if self._find(meta.name) is None:
+        export = self._find(meta.name)
+        if export is None:
             return
-        if not meta.queries or {"base:", nbd.BASE_ALLOCATION} & set(meta.queries):
-            self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(0, nbd.BASE_ALLOCATION))
+        for name in export.contexts:
+            namespace = name.partition(":")[0] + ":"
+            if not meta.queries or {namespace, name} & set(meta.queries):
+                self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(0, name))
         self._reply(nbd.REP_ACK)
 
     def _set_meta_context(self, data: bytes) -> None:
-        self._allocation_export = None
+        self._contexts = None, ()
         meta = self._parse_meta(data)
         export = self._find(meta.name)
         if export is None:
             return
-        if nbd.BASE_ALLOCATION in meta.queries:
-            self._allocation_export = export
-            context = wire.pack_meta_context(ALLOCATION_CONTEXT_ID, nbd.BASE_ALLOCATION)
-            self._reply(nbd.REP_META_CONTEXT, context)
+        contexts = tuple(name for name in export.contexts if name in meta.queries)
+        self._contexts = export, contexts
+        for name in contexts:
+            self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(CONTEXTS[name], name))
         self._reply(nbd.REP_ACK)
 
     def _parse_meta(self, data: bytes) -> wire.MetaOption:

@@ -54,6 +54,7 @@ INFO_DESCRIPTION: Final = 2
 INFO_BLOCK_SIZE: Final = 3
 
 BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 STATE_HOLE: Final = 1 << 0
 STATE_ZERO: Final = 1 << 1
 
