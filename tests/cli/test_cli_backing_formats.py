@@ -67,6 +67,19 @@ async def test_name_and_content_agree(graph: NodeGraph, tmp_path: Path, base: Pa
 
 
 @IMAGES
+async def test_a_raw_image_whose_guest_wrote_a_header_is_never_taken_for_that(
+    graph: NodeGraph, tmp_path: Path, base: Path, name: str
+) -> None:
+    """QEMU opens it, and whatever file that header names."""
+    top = await overlay(tmp_path / name, base.name)
+    assert "Could not tell the format" in await refusal(graph.open_image(str(top), None, read_only=True))
+    raw = await overlay(tmp_path / "raw.qed", base.name, "raw")
+    node = await graph.open_image(str(raw), None, read_only=True)
+    assert node.backing is not None
+    assert bytes(await node.read(0, 4)) == b"QFI\xfb"
+
+
+@IMAGES
 async def test_options_of_a_node_tell(graph: NodeGraph, tmp_path: Path, base: Path, name: str) -> None:
     path = str(await overlay(tmp_path / name, base.name))
     top = {"driver": name[4:], "node-name": "top", "file": {"driver": "file", "filename": path}}

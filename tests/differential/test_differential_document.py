@@ -30,6 +30,7 @@ SHOWN_ELSEWHERE = {
     "A job that is being finalized cannot be cancelled": "tests/control/test_control_verbs.py",
     "Clients may connect before the daemon is ready": "tests/control/test_control_ready.py",
     "Socket files belong to one daemon": "tests/qmp/test_qmp_transports.py",
+    "Formats are not guessed": "tests/cli/test_cli_backing_formats.py",
     "Nothing told is nothing asked for": "tests/differential/test_differential_options.py",
     "The order of nodes": "tests/differential/test_differential_options.py",
     "Block status where QSD knows nothing": "tests/differential/test_differential_block_status.py",
