@@ -83,6 +83,7 @@ class Export(NamedTuple):
     description: str = ""
     writable: bool = False
     writethrough: bool = False
+    allocation_depth: bool = False
 
 
 class FileDevice(NamedTuple):
@@ -94,6 +95,8 @@ class FileDevice(NamedTuple):
     name: str
     filename: str
     format: str | None = None
+    # Of its backing file, if the image records one without its format.
+    backing_format: str | None = None
 
 
 class NodeDevice(NamedTuple):

@@ -31,26 +31,30 @@ def _optional(**checks: Check) -> dict[str, Field]:
     return {name.replace("_", "-"): Field(check) for name, check in checks.items()}
 
 
+_LOADED: Fields = {"loaded": Field(flag, features=("deprecated",))}
 LIMITS: Fields = {name: Field(integer) for name in NO_LIMITS}
 
 # What each type may be told, besides qom-type and id.
 OBJECT_TYPES: Mapping[str, Fields] = {
     "throttle-group": {
         "limits": Field(record(LIMITS)),
-        **{LIMIT_PREFIX + name: Field(integer) for name in NO_LIMITS},
+        **{LIMIT_PREFIX + name: Field(integer, features=("unstable",)) for name in NO_LIMITS},
     },
-    "secret": _optional(
-        loaded=flag, format=choice("raw", "base64"), data=text, file=text, keyid=text, iv=text
-    ),
-    "tls-creds-x509": _optional(
-        loaded=flag,
-        verify_peer=flag,
-        dir=text,
-        endpoint=choice("client", "server"),
-        priority=text,
-        sanity_check=flag,
-        passwordid=text,
-    ),
+    "secret": {
+        **_LOADED,
+        **_optional(format=choice("raw", "base64"), data=text, file=text, keyid=text, iv=text),
+    },
+    "tls-creds-x509": {
+        **_LOADED,
+        **_optional(
+            verify_peer=flag,
+            dir=text,
+            endpoint=choice("client", "server"),
+            priority=text,
+            sanity_check=flag,
+            passwordid=text,
+        ),
+    },
     "iothread": _optional(
         poll_max_ns=integer,
         poll_grow=integer,

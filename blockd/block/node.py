@@ -15,7 +15,6 @@ Raises:   StorageError when the disk fails, ImageError when a table of the image
           image is valid and everything acknowledged before is there.
 """
 
-import asyncio
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.permissions import Access, access_to_backing, access_to_file
+from blockd.block.pins import Pins
 from blockd.block.settings import DEFAULTS
 from blockd.errors import ErrorKind, RequestError, StorageError
 from blockd.extents import Extent, Kind, Range
@@ -74,23 +74,16 @@ class Labelled(NamedTuple):
     entries: "array[int] | None"
 
 
-class Pins:
-    """How many plans name a node (pins.py)."""
-
-    __slots__ = ("count", "released")
-
-    def __init__(self) -> None:
-        self.count = 0
-        # There once somebody waits for it.
-        self.released: asyncio.Event | None = None
-
-
 class BlockNode(ABC):
     """One layer: a disk of `size` bytes that can be read, and unless `read_only` written."""
 
     driver: ClassVar[str]
     # The unit in which the node keeps track of what it holds; 1 when it can tell single bytes apart.
     cluster_size: int = 1
+    # What guests are told (NBD's block sizes): in which units requests cost least, and the most that one
+    # moves, 0 if that is up to the nodes below. All other requests are taken too.
+    request_alignment: int = 1
+    transfer_max: int = 0
     # What it does depends on how many requests there are: streams copy as QEMU's do, one chunk after another.
     counts_requests: ClassVar[bool] = False
     backing: "BlockNode | None" = None

@@ -23,7 +23,7 @@ ELEMENT_COUNT_MAX = 1024
 
 _INTEGER_MIN, _INTEGER_MAX = -(1 << 63), (1 << 63) - 1
 INT32_MAX = (1 << 31) - 1
-_FLAGS = {
+FLAGS = {
     "on": True,
     "yes": True,
     "true": True,
@@ -68,6 +68,8 @@ class Field(NamedTuple):
 
     check: Check
     is_required: bool = False
+    # What `query-qmp-schema` says of it besides, such as ``deprecated``.
+    features: tuple[str, ...] = ()
 
 
 Fields = Mapping[str, Field]
@@ -139,9 +141,9 @@ def text(value: object, place: Place) -> str:
 def flag(value: object, place: Place) -> bool:
     """A boolean; ``on`` or ``off`` on the command line."""
     if place.is_text and isinstance(value, str):
-        if value not in _FLAGS:
+        if value not in FLAGS:
             raise RequestError(f"Parameter '{place.path}' expects 'on' or 'off'")
-        return _FLAGS[value]
+        return FLAGS[value]
     if not isinstance(value, bool):
         raise place.mistyped("boolean")
     return value

@@ -10,12 +10,25 @@ The requests of guests are kept out of a root while the graph below it changes (
 import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from blockd.block.node import BlockNode
+if TYPE_CHECKING:
+    from blockd.block.node import BlockNode
+
+
+class Pins:
+    """How many plans name a node."""
+
+    __slots__ = ("count", "released")
+
+    def __init__(self) -> None:
+        self.count = 0
+        # There once somebody waits for it.
+        self.released: asyncio.Event | None = None
 
 
 @contextmanager
-def pinned(nodes: Iterable[BlockNode]) -> Iterator[None]:
+def pinned(nodes: "Iterable[BlockNode]") -> Iterator[None]:
     """Inside, no node of these is closed."""
     held = [node.pins for node in nodes]
     for pins in held:
@@ -29,7 +42,7 @@ def pinned(nodes: Iterable[BlockNode]) -> Iterator[None]:
                 pins.released.set()
 
 
-async def unpinned(node: BlockNode) -> None:
+async def unpinned(node: "BlockNode") -> None:
     """Return when no plan names a node any more; of nodes above it that are gone already, new ones do not."""
     while node.pins.count:
         node.pins.released = node.pins.released or asyncio.Event()

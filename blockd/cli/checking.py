@@ -101,6 +101,7 @@ class _Names:
         yield from self._define("export", option.id, f"Block export id '{option.id}' is already in use")
 
     def _file_device(self, option: FileDevice) -> Iterator[str]:
-        if option.format is not None and option.format not in FORMATS:
-            yield unknown_format(option.format)
+        for name in (option.format, option.backing_format):
+            if name is not None and name not in FORMATS:
+                yield unknown_format(name)
         yield from self._define("device", option.name, f"Device '{option.name}' already exists")

@@ -18,7 +18,8 @@ For people:
   --device NAME=FILE[,format=FORMAT]         a disk on an image file, exported under its name; FORMAT (qcow2,
                                              qed, add-cow or raw) is needed unless the file's name ends in it,
                                              such as .qcow2, and its content agrees. blkstream:FILE copies
-                                             on read.
+                                             on read. ,backing-format=FORMAT likewise says what the backing
+                                             file is, where the image does not record it.
   --device id=NAME,node-name=NODE            a disk on a node that --blockdev defined
   --qmp PATH                                 listen for QMP on this unix socket
   --nbd PATH | HOST:PORT                     listen for NBD here
@@ -45,7 +46,7 @@ written twice) or a JSON object:
              [,backing=NODE|backing.driver=...][,read-only=on|off]
   --blockdev [driver=]copy-on-read|blkstream,node-name=N,file=NODE[,bottom=NODE]
   --blockdev [driver=]throttle,node-name=N,file=NODE,throttle-group=I
-  --blockdev [driver=]faults|blkdebug,node-name=N,image=NODE[,inject-error.0.event=E]...
+  --blockdev [driver=]faults|blkdebug,node-name=N,image=NODE[,inject-error.0.event=E]...[,config=FILE]
   --chardev  socket,id=I,path=P[,server=on]  a unix socket to listen on, or to connect to
   --chardev  socket,id=I,host=H,port=P[,server=on]
   --chardev  socket,id=I,fd=N[,server=on]    an inherited socket
@@ -55,7 +56,7 @@ written twice) or a JSON object:
   --nbd-server addr.type=inet,addr.host=H,addr.port=N
   --nbd-server addr.type=fd,addr.str=N
   --export   [type=]nbd,id=I,node-name=N[,name=X][,description=T][,writable=on|off]
-                   [,writethrough=on|off]
+                   [,writethrough=on|off][,allocation-depth=on|off]
   --object   throttle-group,id=I[,limits.iops-total=N][,limits.bps-write=N]...
   --object   secret|tls-creds-x509|iothread,id=I,...
   --pidfile  PATH                            written when everything is ready, removed at the end

@@ -108,10 +108,16 @@ EXPORT: Fields = {
     "description": Field(text),
     "writable": Field(flag),
     "writethrough": Field(flag),
+    "allocation-depth": Field(flag),
     "iothread": Field(text),
     "fixed-iothread": Field(flag),
 }
-FILE_DEVICE: Fields = {"name": _REQUIRED_TEXT, "filename": _REQUIRED_TEXT, "format": Field(text)}
+FILE_DEVICE: Fields = {
+    "name": _REQUIRED_TEXT,
+    "filename": _REQUIRED_TEXT,
+    "format": Field(text),
+    "backing-format": Field(text),
+}
 NODE_DEVICE: Fields = {"id": _REQUIRED_TEXT, "node-name": _REQUIRED_TEXT}
 
 # Checked, and then left out: there is one kind of export and monitor, and no threads to choose from.

@@ -64,7 +64,7 @@ class XDbgBlockGraph(Result):
     edges: list[XDbgBlockGraphEdge]
 
 
-@TABLE.command("x-debug-query-block-graph")
+@TABLE.command("x-debug-query-block-graph", features=("unstable",))
 async def query_block_graph(services: Services) -> XDbgBlockGraph:
     """Tell who uses which node, for people who look for a mistake."""
     graph = services.graph

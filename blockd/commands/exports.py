@@ -126,6 +126,8 @@ class BlockExportAddArguments(Arguments):
     writable: bool = False
     writethrough: bool = False
     """Whether what is written is on the disk before it is acknowledged."""
+    allocation_depth: bool = False
+    """Whether clients may ask in which layer of the chain data is, with NBD's `qemu:allocation-depth`."""
     iothread: str | None = None
     """An object of this type, without effect: there are no threads to choose from."""
     fixed_iothread: bool = False
@@ -146,6 +148,7 @@ async def block_export_add(services: Services, arguments: BlockExportAddArgument
         description=arguments.description,
         writable=arguments.writable,
         writethrough=arguments.writethrough,
+        allocation_depth=arguments.allocation_depth,
     )
 
 

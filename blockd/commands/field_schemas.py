@@ -11,6 +11,7 @@ from blockd.block.options import (
     Array,
     Check,
     Choice,
+    Field,
     Fields,
     NameOrRecord,
     Record,
@@ -24,7 +25,7 @@ from blockd.block.options import (
 )
 from blockd.drivers import DRIVERS
 from blockd.objects import OBJECT_TYPES
-from blockd.qmp.schema import DEFINITIONS, REFERENCE, Schema
+from blockd.qmp.schema import DEFINITIONS, FEATURES, REFERENCE, Schema
 
 NODE = "BlockdevOptions"
 OBJECT = "ObjectOptions"
@@ -69,10 +70,15 @@ def _variant(tag: str, case: str, fields: Fields, shared: Schema) -> Schema:
 def _object(fields: Fields) -> Schema:
     return {
         "type": "object",
-        "properties": {name: _schema_of(field.check) for name, field in fields.items()},
+        "properties": {name: _property(field) for name, field in fields.items()},
         "required": [name for name, field in fields.items() if field.is_required],
         "additionalProperties": False,
     }
+
+
+def _property(field: Field) -> Schema:
+    schema = _schema_of(field.check)
+    return {**schema, FEATURES: list(field.features)} if field.features else schema
 
 
 def _schema_of(check: Check) -> Schema:

@@ -1,7 +1,7 @@
 """Nodes as query-named-block-nodes and query-block show them: QEMU's BlockDeviceInfo."""
 
 import asyncio
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import Field
@@ -12,6 +12,7 @@ from blockd.block.node import BlockNode, OverlayNode
 from blockd.block.settings import DetectZeroes
 from blockd.drivers.sharing import files_of
 from blockd.filenames import full_name
+from blockd.filters.faults import FaultsNode
 from blockd.formats.add_cow.image import AddCowImage
 from blockd.formats.qcow2.image import Qcow2Image
 from blockd.formats.qed.image import QedImage
@@ -154,10 +155,17 @@ def device_info(node: BlockNode, used: Usages, *, flat: bool = False) -> BlockDe
 def _below(node: BlockNode) -> list[BlockNode]:
     """The images below: the one a filter is in front of, then the backing files."""
     found: list[BlockNode] = []
-    while (child := unfiltered(node) if unfiltered(node) is not node else node.backing) is not None:
+    while (child := _next_below(node)) is not None:
         found.append(child)
         node = child
     return found
+
+
+def _next_below(node: BlockNode) -> BlockNode | None:
+    if isinstance(node, FaultsNode):
+        return node.image
+    image = unfiltered(node)
+    return node.backing if image is node else image
 
 
 def _image_info(node: BlockNode, used: Usages) -> ImageInfo:
@@ -192,10 +200,15 @@ def _is_dirty(node: BlockNode) -> bool | None:
 
 def _is_on_nothing(node: BlockNode) -> bool:
     """Whether what is written to a node goes nowhere."""
+    return any(isinstance(below, NullNode) for below in _bytes_in(node))
+
+
+def _bytes_in(node: BlockNode) -> Iterator[BlockNode]:
+    """A node and what its bytes go through to the disk."""
     below: BlockNode | None = node
-    while below is not None and not isinstance(below, NullNode):
+    while below is not None:
+        yield below
         below = primary_child(below)
-    return below is not None
 
 
 def _format_specific(node: BlockNode) -> Qcow2Specific | AddCowSpecific | None:
@@ -217,7 +230,9 @@ def _format_specific(node: BlockNode) -> Qcow2Specific | AddCowSpecific | None:
 
 
 def _actual_size(node: BlockNode, used: Usages) -> int | None:
-    """Of the file, and of the image beside it."""
+    """Of the file, and of the image beside it; as in QEMU, of nothing that faults are injected into."""
+    if any(isinstance(below, FaultsNode) for below in _bytes_in(node)):
+        return None
     if _is_on_nothing(node):
         return 0
     sizes = [used.get(file) for file in files_of(node)]

@@ -160,12 +160,16 @@ class Starter:
             description=option.description,
             writable=option.writable,
             writethrough=option.writethrough,
+            allocation_depth=option.allocation_depth,
         )
 
     async def _add_file_device(self, option: FileDevice) -> None:
-        if option.format is not None and option.format not in FORMATS:
-            raise RequestError(f"Could not open '{option.filename}': {unknown_format(option.format)}")
-        node = await self._services.graph.open_image(option.filename, option.format, read_only=False)
+        for name in (option.format, option.backing_format):
+            if name is not None and name not in FORMATS:
+                raise RequestError(f"Could not open '{option.filename}': {unknown_format(name)}")
+        node = await self._services.graph.open_image(
+            option.filename, option.format, read_only=False, backing_format=option.backing_format
+        )
         self._services.devices.add(option.name, node)
 
     async def _serve_http(self, option: HttpServer) -> None:

@@ -194,6 +194,7 @@ async def _restore_export(services: Services, record: ExportRecord) -> None:
         description=record.description,
         writable=record.is_writable,
         writethrough=record.is_writethrough,
+        allocation_depth=record.tells_depth,
     )
 
 

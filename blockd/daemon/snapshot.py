@@ -174,6 +174,8 @@ class NodeRecords:
         options["read-only"] = node.read_only or node in self._read_only
         if isinstance(node, FileNode):
             options["filename"] = absolute(node.filename)
+        if "config" in options:
+            options["config"] = absolute(str(options["config"]))
         if isinstance(node, Throttle):
             options["throttle-group"] = node.group.name
         if isinstance(node, BlkStream) and not self._has_bottom(node):
@@ -271,6 +273,7 @@ def export_record(offer: Offer, nodes: NodeRecords) -> ExportRecord:
         description=offer.export.description,
         is_writable=offer.export.writable,
         is_writethrough=offer.export.writethrough,
+        tells_depth=offer.export.allocation_depth,
     )
 
 

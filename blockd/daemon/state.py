@@ -90,6 +90,7 @@ class ExportRecord(Members):
     description: str
     is_writable: bool
     is_writethrough: bool = False
+    tells_depth: bool = False
 
 
 class StreamRecord(Members):

@@ -163,10 +163,12 @@ class Exports:
         description: str = "",
         writable: bool = False,
         writethrough: bool = False,
+        allocation_depth: bool = False,
     ) -> None:
         """Offer the disk of a node, for as long as `remove` is not called.
 
         `writethrough`: what is written is on the disk before it is acknowledged.
+        `allocation_depth`: clients may ask in which layer of its chain data is.
 
         Raises:   RequestError: id or name are in use or no good, or the node cannot be written.
         """
@@ -186,6 +188,7 @@ class Exports:
                 export = Export(
                     *(name, device.root, writable, description, export_id, allows_many),
                     writethrough=writethrough,
+                    allocation_depth=allocation_depth,
                 )
                 server.add_export(export)
                 self._devices.graph.permissions.claim(claim)

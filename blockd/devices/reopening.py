@@ -19,6 +19,7 @@ from blockd.block.settings import Settings
 from blockd.devices.changes import Change
 from blockd.devices.device import Devices
 from blockd.devices.streams import Stream, Streams
+from blockd.drivers.cache_options import check_cache_options
 from blockd.drivers.opening import settings_of
 from blockd.drivers.permissions import Claim, check_acyclic
 from blockd.drivers.sharing import check_chain
@@ -86,6 +87,8 @@ class Reopen(Change):
     def _plan_links(self, node: BlockNode, options: Options) -> None:
         """Note what is going to stand below a node and those that are told along with it."""
         below = node.children()
+        if isinstance(node, OverlayNode):
+            check_cache_options(options, node.cluster_size)
         for role in ("file", "backing"):
             told, before = options.get(role), below.get(role)
             if isinstance(told, dict):
@@ -320,6 +323,7 @@ class Reopen(Change):
         """Reopen a node below whose options stand inside those of the one above."""
         if child is None or self._graph.is_added(child):
             raise RequestError(f"Cannot change the option '{role}.driver'")
+        options = {"discard": "unmap", **options}  # as when it is opened
         if isinstance(child, ProtocolNode):
             self._check_fixed(child, options)  # it is reopened along with the node above
         else:

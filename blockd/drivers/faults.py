@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from functools import reduce
 from operator import or_
 
+from blockd.aio import in_thread
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode
 from blockd.block.options import (
@@ -21,8 +22,10 @@ from blockd.block.options import (
     record,
     size,
     small_size,
+    text,
 )
 from blockd.block.permissions import Access, Permission
+from blockd.drivers.fault_config import NO_RULES, read_rules_blocking
 from blockd.drivers.opening import Opening, Wanted
 from blockd.errors import RequestError
 from blockd.filters.fault_rules import DEFAULT_IO_TYPES, Fault, FaultRules, IoType, Rule, StateRule
@@ -54,6 +57,8 @@ def _rules(fields: Fields) -> Check:
 
 FAULTS: Fields = {
     "image": Field(node, is_required=True),
+    # A file with rules of the two kinds below, which come before those that are given here.
+    "config": Field(text),
     # Nothing is answered without waiting here, so `immediately` changes nothing.
     "inject-error": Field(_rules({**_RULE, "errno": Field(integer), "immediately": Field(flag)})),
     "delay": Field(_rules({**_RULE, "milliseconds": Field(integer, is_required=True)})),
@@ -67,15 +72,17 @@ FAULTS: Fields = {
 
 async def open_faults(opening: Opening, wanted: Wanted) -> BlockNode:
     """Open a file and what makes it fail."""
+    config = wanted.options.get("config")
+    configured = NO_RULES if config is None else await in_thread(read_rules_blocking, str(config))
     rules = FaultRules(
         [
             _rule(given, Fault(errno=_number(given, "errno", errno.EIO)))
-            for given in _each(wanted, "inject-error")
+            for given in [*configured.inject_error, *_each(wanted, "inject-error")]
         ],
         [_rule(given, Fault(delay_s=_delay_ms(given) / 1000)) for given in _each(wanted, "delay")],
         [
             StateRule(_event(given), _number(given, "new_state"), _number(given, "state"))
-            for given in _each(wanted, "set-state")
+            for given in [*configured.set_state, *_each(wanted, "set-state")]
         ],
     )
     limits = _limits(wanted)

@@ -22,7 +22,8 @@ from blockd.block.node import BlockNode, FilterNode, OverlayNode
 from blockd.block.options import Options
 from blockd.block.pins import unpinned
 from blockd.drivers.nodes import Nodes
-from blockd.drivers.opening import Opening, Restored, checked_overlay
+from blockd.drivers.opening import Opening, Restored, Unrecorded
+from blockd.drivers.overlays import checked_overlay
 from blockd.drivers.permissions import check_acyclic
 from blockd.drivers.sharing import check_chain, check_unshared, files_of, use_if_writable
 from blockd.drivers.table import DRIVERS, FORMATS, check_blockdev, copy_on_read
@@ -33,7 +34,6 @@ from blockd.filters.throttle import unthrottled_files
 from blockd.filters.throttle_group import ThrottleGroup
 from blockd.formats.raw.image import RawImage
 from blockd.formats.raw.part import RawPart
-from blockd.found_files import FoundFile
 from blockd.protocols.image_lock import LockMode
 from blockd.protocols.opening import Find
 
@@ -170,11 +170,13 @@ class NodeGraph:
         read_only: bool,
         node_name: str | None = None,
         has_backing: bool = True,
+        backing_format: str | None = None,
         lock_mode: LockMode = LockMode.USUAL,
     ) -> BlockNode:
         """Open an image with its recorded backing chain; `blkstream:` before the name adds copy-on-read.
 
         `has_backing`: False leaves the chain out, for those who only look at the image.
+        `backing_format`: of its backing file, if the image records one without its format.
 
         The image stays until its last user leaves. Without a format the extension and the content have
         to agree on one.
@@ -188,14 +190,12 @@ class NodeGraph:
         async def work(opening: Opening) -> BlockNode:
             name = opening.claim_name(node_name)
             image_name = name if plain == filename else opening.claim_name()
-            opening.require_format(format_name, path)
-            find = partial(FoundFile.find, path)
-            image = await opening.open_image(
-                find, format_name, image_name, read_only=read_only, lock_mode=lock_mode
+            image = await opening.open_named(
+                path, format_name, image_name, read_only=read_only, lock_mode=lock_mode
             )
-            opening.allow(image)
             if has_backing:
-                await opening.open_recorded_backing(image, lock_mode)
+                unrecorded = Unrecorded(backing_format, "with the option backing-format")
+                await opening.open_recorded_backing(image, lock_mode, unrecorded)
             return image if plain == filename else opening.add(copy_on_read(image, name))
 
         node = await self._join(work)
@@ -224,10 +224,7 @@ class NodeGraph:
 
         async def work(opening: Opening) -> OverlayNode:
             name = opening.claim_name(node_name)
-            opening.require_format(format_name, path)
-            found = find or partial(FoundFile.find, path)
-            image = await opening.open_image(found, format_name, name, read_only=False)
-            opening.allow(image)
+            image = await opening.open_named(path, format_name, name, read_only=False, find=find)
             overlay = await checked_overlay(self.image_paths, image, active)
             check_chain(overlay, active)
             return overlay

@@ -4,9 +4,7 @@ Openers (table.py) get an `Opening` and ask it for what stands below their node.
 noted here, so that a chain which fails half way leaves no open file behind.
 """
 
-import errno
 import logging
-import os
 import re
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
@@ -15,8 +13,7 @@ from itertools import chain as joined
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from blockd.aio import in_thread
-from blockd.block.chain import chain, format_of
+from blockd.block.chain import chain
 from blockd.block.image_paths import ImagePaths
 from blockd.block.moving import take_over_size
 from blockd.block.node import BlockNode, OverlayNode, ProtocolNode
@@ -40,9 +37,8 @@ from blockd.errors import BlockdError, ErrorKind, RequestError, printable
 from blockd.filenames import full_name, recorded_image
 from blockd.filters.throttle_group import ThrottleGroup
 from blockd.formats.raw.image import RawImage
-from blockd.formats.raw.part import RawPart
+from blockd.found_files import FoundFile
 from blockd.protocols.file import FileNode
-from blockd.protocols.file_status import status_of_open
 from blockd.protocols.image_lock import LockMode
 from blockd.protocols.opening import Find
 
@@ -94,6 +90,21 @@ class Restored(NamedTuple):
     @property
     def node_name(self) -> str:
         return str(self.options["node-name"])
+
+
+class Unrecorded(NamedTuple):
+    """What there is to do where an image does not record the format of its backing file.
+
+    QED records ``raw`` or nothing, and qcow2 need not. The content does not decide: the guest of a raw image
+    may have written it. So the user has to tell, unless name and content agree.
+    """
+
+    format_name: str | None
+    # Where the user can tell it.
+    hint: str
+
+
+IN_OPTIONS = Unrecorded(None, "in the node's option 'backing' (backing.driver=FORMAT,…)")
 
 
 class Driver(NamedTuple):
@@ -223,6 +234,7 @@ class Opening:
             "read-only": wanted.read_only if read_only is None else read_only,
             "auto-read-only": wanted.may_be_read_only,
             "force-share": bool(wanted.options.get("force-share")),
+            "discard": "unmap",  # what is to be ignored does not come down here
         }
         if cache := {**_flags(wanted.options, "cache"), **_flags(told, "cache")}:
             told = {**told, "cache": cache}
@@ -347,6 +359,26 @@ class Opening:
         if format_name is not None and format_name not in self._formats:
             raise RequestError(f"Could not open '{filename}': Unknown driver '{printable(format_name)}'")
 
+    async def open_named(
+        self,
+        path: str,
+        format_name: str | None,
+        node_name: str,
+        *,
+        read_only: bool,
+        lock_mode: LockMode = LockMode.USUAL,
+        find: Find | None = None,
+    ) -> BlockNode:
+        """Open an image that the user has named, without its backing; images may name it from now on.
+
+        `find`: finds the file; without it, the path does.
+        """
+        self.require_format(format_name, path)
+        found = find or partial(FoundFile.find, path)
+        image = await self.open_image(found, format_name, node_name, read_only=read_only, lock_mode=lock_mode)
+        self.allow(image)
+        return image
+
     async def open_image(
         self,
         find: Find,
@@ -392,22 +424,31 @@ class Opening:
         assert isinstance(image, RawImage), "opened as such"
         overlay.attach(image)
 
-    async def open_recorded_backing(self, top: BlockNode, lock_mode: LockMode = LockMode.USUAL) -> None:
-        """Open the backing files that `top` and the images below it record, read-only."""
+    async def open_recorded_backing(
+        self,
+        top: BlockNode,
+        lock_mode: LockMode = LockMode.USUAL,
+        unrecorded: Unrecorded = IN_OPTIONS,
+    ) -> None:
+        """Open the backing files that `top` and the images below it record, read-only.
+
+        `unrecorded`: of the backing file of `top`, and of no other one.
+        """
         node = top
         while isinstance(node, OverlayNode) and node.backing is None and node.backing_filename:
-            node.backing = await self._open_recorded(node, node.backing_filename, lock_mode, list(chain(top)))
+            of_this = unrecorded if node is top else IN_OPTIONS
+            node.backing = await self._open_recorded(node, lock_mode, list(chain(top)), of_this)
             node = node.backing
 
     async def _open_recorded(
-        self, image: OverlayNode, name: str, lock_mode: LockMode, above: Sequence[BlockNode]
+        self, image: OverlayNode, lock_mode: LockMode, above: Sequence[BlockNode], unrecorded: Unrecorded
     ) -> BlockNode:
         try:
             if len(above) == CHAIN_DEPTH_MAX:
                 raise RequestError(f"The backing chain has more than {CHAIN_DEPTH_MAX} images")
-            recorded = recorded_image(name)
+            recorded = recorded_image(image.backing_filename or "")
             # As in QEMU, the format that is recorded beside the name comes first.
-            format_name = image.backing_format or recorded.format_name
+            format_name = image.backing_format or recorded.format_name or unrecorded.format_name
             self.require_format(format_name, full_name(image.filename, recorded.filename))
             return await self.open_image(
                 partial(self.paths.find, recorded.filename, folder_of(image)),
@@ -418,7 +459,7 @@ class Opening:
                 above=above,
             )
         except UnknownFormat as error:
-            hint = RequestError(f"{error.message} in the node's option 'backing' (backing.driver=FORMAT,…)")
+            hint = RequestError(f"{error.message} {unrecorded.hint}")
             raise _not_opened(f"backing file of '{image.filename}'", hint) from error
         except BlockdError as error:
             raise _not_opened(f"backing file of '{image.filename}'", error) from error
@@ -453,48 +494,6 @@ def _flags(options: Options, name: str) -> Options:
     return value
 
 
-def find_recorded(paths: ImagePaths, image: BlockNode, name: str) -> tuple[str, tuple[int, int]]:
-    """Name and identity of the backing file of `image`, which need not be one that may be opened."""
-    try:
-        with paths.find(recorded_image(name).filename, folder_of(image)) as found:
-            return found.filename, status_of_open(found.fd).identity
-    except OSError as error:
-        where = f"Could not open backing file of '{image.filename}'"
-        raise RequestError(f"{where}: {os.strerror(error.errno or errno.EIO)}") from error
-    except RequestError as error:
-        raise RequestError(f"Could not open backing file of '{image.filename}': {error.message}") from error
-
-
 def _not_opened(what: str, error: BlockdError) -> RequestError:
     """What is told of a file that an image names: whoever made the image has chosen the name."""
     return RequestError(printable(f"Could not open {what}: {error.message}"), kind=error.kind)
-
-
-async def checked_overlay(paths: ImagePaths, image: BlockNode, active: BlockNode) -> OverlayNode:
-    """The same image, if it records `active` as its backing file.
-
-    Raises:   RequestError: it does not, or is smaller.
-    """
-    if not isinstance(image, OverlayNode) or not image.backing_filename:
-        raise RequestError(
-            f"'{image.filename}' has no backing file; it must be an overlay of '{active.filename}'"
-        )
-    backing, identity = await in_thread(find_recorded, paths, image, image.backing_filename)
-    file = file_of(active)
-    if file is None or identity != file.identity():
-        raise RequestError(
-            f"The backing file of '{image.filename}' is '{backing}', not the active image '{active.filename}'"
-        )
-    if isinstance(active, RawPart):
-        raise RequestError(f"No image can record '{active.node_name}', a part of a file, as its backing file")
-    recorded_format = image.backing_format or recorded_image(image.backing_filename).format_name
-    if recorded_format not in (None, format_of(active)):
-        raise RequestError(
-            f"'{image.filename}' records the format '{recorded_format}' for its backing file "
-            f"'{active.filename}', which is '{format_of(active)}'"
-        )
-    if image.size < active.size:
-        raise RequestError(
-            f"'{image.filename}' has {image.size} bytes, fewer than the {active.size} of '{active.filename}'"
-        )
-    return image

@@ -32,6 +32,7 @@ from blockd.block.options import (
     text,
 )
 from blockd.block.probe import Signature
+from blockd.drivers.cache_options import check_cache_options
 from blockd.drivers.faults import FAULTS, open_faults
 from blockd.drivers.opening import Driver, Format, Opening, Wanted
 from blockd.errors import BlockdError, ErrorKind, RequestError, printable
@@ -188,6 +189,7 @@ async def _open_overlay(
     file = await opening.file(wanted)
     read_only = wanted.read_only or file.read_only
     image = opening.add(await open_image(file, wanted.node_name, read_only))
+    check_cache_options(wanted.options, image.cluster_size)
     return await _on_its_backing(opening, wanted, image)
 
 
@@ -243,9 +245,11 @@ def copy_on_read(active: BlockNode, node_name: str, *, bottom: str | None = None
     """
     from blockd.filters.blkstream import BlkStream  # noqa: PLC0415
 
-    if not isinstance(active, OverlayNode) or active.read_only:
+    if active.read_only:
+        raise RequestError("Block node is read-only", kind=ErrorKind.READ_ONLY)
+    if not isinstance(active, OverlayNode):
         raise RequestError(
-            f"Cannot copy on read into '{active.node_name}': it is not a writable image with a backing file",
+            f"Cannot copy on read into '{active.node_name}': it is no image that can have a backing file",
             kind=ErrorKind.NOT_SUPPORTED,
         )
     if bottom is None:

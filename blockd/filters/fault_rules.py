@@ -76,7 +76,7 @@ class _Rules:
     def take(self, io_type: IoType, offset: int, length: int) -> Fault:
         for rule in self._active:
             if rule.covers(io_type, offset, length):
-                if rule.once:
+                if rule.once and any(rule.fault):  # one that lets requests pass is not used up
                     self._active.remove(rule)
                     self._all.remove(rule)
                 return rule.fault

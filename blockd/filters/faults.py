@@ -51,6 +51,7 @@ class FaultsNode(ProtocolNode):
         self.image = image
         self.rules = rules
         self._limits = limits
+        self.request_alignment, self.transfer_max = limits.align, limits.max_transfer
         self._more_access = more_access
         # Set when the node closes: nobody waits any longer for delays then.
         self._closed = threading.Event()

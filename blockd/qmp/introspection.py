@@ -18,7 +18,7 @@ from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
 from blockd.qmp.models import Members, Result
-from blockd.qmp.schema import Schema, arguments_schema, data_schema, result_schema
+from blockd.qmp.schema import FEATURES, Schema, arguments_schema, data_schema, result_schema
 from blockd.qmp.table import Command, CommandTable
 
 _BUILTINS = {
@@ -58,7 +58,7 @@ class EnumInfo(Entity):
 
     meta_type: Literal["enum"] = "enum"
     members: list[EnumMember]
-    values: list[str] = Field(json_schema_extra={"x-features": ["deprecated"]})
+    values: list[str] = Field(json_schema_extra={FEATURES: ["deprecated"]})
     """The names of the members."""
 
 
@@ -251,7 +251,7 @@ class _Types:
                     name=name,
                     type=self._name(member),
                     is_optional=name not in required,
-                    features=member.get("x-features"),
+                    features=member.get(FEATURES),
                 )
 
     def _union(self, discriminator: Schema, choices: list[Schema]) -> str:

@@ -26,6 +26,8 @@ _DIALECT = "https://json-schema.org/draft/2020-12/schema"
 # name, and a reference to one of them.
 DEFINITIONS = "x-definitions"
 REFERENCE = "x-ref"
+# Of a member: what else query-qmp-schema says of it.
+FEATURES = "x-features"
 
 _NULL: Schema = {"type": "null"}
 _EMPTY_OBJECT: Schema = {"type": "object", "properties": {}, "additionalProperties": False}

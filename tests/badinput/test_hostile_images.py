@@ -31,7 +31,15 @@ from tests.walls import PROJECT
 RULES: dict[str, tuple[str, list[str]]] = {
     "the format is given, recorded, or said by name and content alike": (
         "cli/test_cli_graph.py",
-        ["test_format_needs_name_and_content_to_agree", "test_backing_without_recorded_format"],
+        ["test_format_needs_name_and_content_to_agree"],
+    ),
+    "that of a backing file too; a raw image whose guest wrote a header stays raw, or is refused": (
+        "cli/test_cli_backing_formats.py",
+        [
+            "test_name_and_content_agree",
+            "test_a_raw_image_whose_guest_wrote_a_header_is_never_taken_for_that",
+            "test_what_is_recorded_comes_first",
+        ],
     ),
     "names lead into allowed folders only; no protocols, devices, doors to the kernel, control characters": (
         "cli/test_cli_graph.py",

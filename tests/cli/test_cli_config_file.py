@@ -135,7 +135,8 @@ def _file(folder: Path, text: str) -> str:
         (
             "[device.vda]\nfilename='f'",
             1,
-            "unknown key 'vda' in device; expected one of name, filename, format, id, node-name",
+            "unknown key 'vda' in device; expected one of name, filename, format, backing-format, id, "
+            "node-name",
         ),
         (
             "[[blockdev]]\ndriver='qcow2'\nnode-name='q'\n[blockdev.file]\ndriver='file'\nfilname='x'",

@@ -74,6 +74,11 @@ async def test_help_and_version(tmp_path: Path) -> None:
             "--device vda=d.qcow2,format=vmdk: Could not open 'd.qcow2': Unknown driver 'vmdk'; the formats "
             "are qcow2, qed, raw, add-cow",
         ),
+        (
+            ["--device", "vda=d.qcow2,backing-format=vmdk"],
+            "--device vda=d.qcow2,backing-format=vmdk: Could not open 'd.qcow2': Unknown driver 'vmdk'; the "
+            "formats are qcow2, qed, raw, add-cow",
+        ),
         (["--monitor", "none"], '--monitor none: chardev "none" not found'),
         (
             ["--export", "nbd,id=e,node-name=none"],

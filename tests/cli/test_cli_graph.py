@@ -14,8 +14,6 @@ from blockd.drivers import FORMATS, NodeGraph
 from blockd.errors import BlockdError
 from blockd.filters.blkstream import BlkStream
 from blockd.formats.qcow2.create import create
-from blockd.formats.qcow2.image import Qcow2Image
-from blockd.protocols.file import FileNode
 from blockd.protocols.new_file import new_file
 from tests import qemu_img
 from tests.hostile_names import put_name, stand_in
@@ -47,15 +45,6 @@ async def overlay(path: Path, backing: str | None, backing_format: str | None = 
     if backing:
         put_name(path, backing)
     return path
-
-
-async def forget_backing_format(path: Path) -> None:
-    """Make an image as older versions of QEMU did, without the format of its backing file."""
-    file = await FileNode.open(str(path), node_name="f", read_only=False)
-    image = await Qcow2Image.open(file, node_name="i", read_only=False)
-    await image.change_backing(image.backing_filename, None)
-    await image.close()
-    await file.close()
 
 
 async def refusal(opening: object) -> str:
@@ -186,7 +175,7 @@ async def test_wrong_options(graph: NodeGraph, tmp_path: Path) -> None:
         ),
         (
             {"driver": "copy-on-read", "node-name": "x", "file": "taken"},
-            "Cannot copy on read into 'taken': it is not a writable image with a backing file",
+            "Cannot copy on read into 'taken': it is no image that can have a backing file",
         ),
     ]
     for options, message in cases:
@@ -424,33 +413,6 @@ async def test_depth_has_a_bound(graph: NodeGraph, tmp_path: Path) -> None:
     assert text.endswith("The backing chain has more than 64 images")
     text = await refusal(graph.open_overlay(str(tmp_path / "64.qcow2"), "qcow2", top))
     assert text == "The backing chain has more than 64 images"
-
-
-async def test_backing_without_recorded_format(graph: NodeGraph, tmp_path: Path) -> None:
-    await overlay(tmp_path / "base.qcow2", None)
-    (tmp_path / "base.img").write_bytes((tmp_path / "base.qcow2").read_bytes())
-    for name, is_clear in [("base.qcow2", True), ("base.img", False)]:
-        top = await overlay(tmp_path / f"top-{name}.qcow2", name)
-        await forget_backing_format(top)
-        if is_clear:
-            assert (await graph.open_image(str(top), None, read_only=True)).backing is not None
-        else:
-            text = await refusal(graph.open_image(str(top), None, read_only=True))
-            assert text.endswith(" in the node's option 'backing' (backing.driver=FORMAT,…)")
-
-
-async def test_a_qed_image_on_what_no_name_tells(graph: NodeGraph, tmp_path: Path) -> None:
-    await overlay(tmp_path / "base.qcow2", None)
-    (tmp_path / "base.img").write_bytes((tmp_path / "base.qcow2").read_bytes())
-    top = tmp_path / "top.qed"
-    link = ("-u", "-b", "base.img", "-F", "qcow2")
-    qemu_img.qemu("qemu-img", "create", "-q", "-f", "qed", *link, top, "1M")
-    qed = {"driver": "qed", "node-name": "top", "file": {"driver": "file", "filename": str(top)}}
-    text = await refusal(graph.open(qed))
-    assert "its content looks like qcow2" in text
-    assert "'backing' (backing.driver=FORMAT,…)" in text
-    base = {"driver": "qcow2", "file": {"driver": "file", "filename": str(tmp_path / "base.img")}}
-    assert (await graph.open({**qed, "backing": base})).backing is not None
 
 
 # -- the overlay of a switch ------------------------------------------------------------------

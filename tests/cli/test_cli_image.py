@@ -138,6 +138,25 @@ def test_formats_are_not_guessed(image: Run, disk: Path) -> None:
     assert image("info", "-f", "raw", "disk.img")[1].splitlines()[1] == "file format: raw"
 
 
+@pytest.mark.parametrize(
+    "words", [("info", "--backing-chain"), ("map",), ("convert", "-O", "raw")], ids=lambda words: words[0]
+)
+def test_the_format_of_a_backing_file_that_is_not_recorded(
+    image: Run, disk: Path, words: tuple[str, ...]
+) -> None:
+    """A QED image records that its backing file is raw, or nothing."""
+    disk.rename("base.img")
+    qemu("qemu-img", "create", "-q", "-f", "qed", "-b", "base.img", "-F", "qcow2", "top.qed")
+    names = ("top.qed", "copy.raw") if words[0] == "convert" else ("top.qed",)
+    status, _, error = image(*words, *names)
+    assert status == 1
+    assert error.endswith("specify the format (qcow2, qed, raw, add-cow) with the option backing-format\n")
+    assert image(*words, "--backing-format", "qcow2", *names)[0] == 0
+    assert "Unknown file format 'zap'" in image(*words, "--backing-format", "zap", *names)[2]
+    if words[0] == "convert":
+        qemu("qemu-img", "compare", "-f", "qed", "-F", "raw", *names)
+
+
 def test_names_in_images_lead_to_allowed_folders_only(
     image: Run, disk: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -91,6 +91,10 @@ def test_qemu_command_lines_get_no_sockets_of_ours() -> None:
     [
         ("vda=disk.qcow2", FileDevice(name="vda", filename="disk.qcow2")),
         ("ide0-hd=a,,b=c.img,format=raw", FileDevice(name="ide0-hd", filename="a,b=c.img", format="raw")),
+        (
+            "vda=top.qed,backing-format=qcow2",
+            FileDevice(name="vda", filename="top.qed", backing_format="qcow2"),
+        ),
         ("ide0.hd=blkstream:d", FileDevice(name="ide0.hd", filename="blkstream:d")),
         ("id=vda,node-name=q", NodeDevice(id="vda", node_name="q")),
     ],
@@ -188,8 +192,8 @@ def test_help_wins(arguments: list[str]) -> None:
         ),
         (
             ["--device", "a=d,zap=1"],
-            "--device a=d,zap=1: Parameter 'zap' is unexpected; expected one of name, filename, format, id, "
-            "node-name",
+            "--device a=d,zap=1: Parameter 'zap' is unexpected; expected one of name, filename, format, "
+            "backing-format, id, node-name",
         ),
         (
             ["--device", "a=d,fromat=raw"],

@@ -44,4 +44,5 @@ def make_images(folder: Path) -> None:
     qemu_img.create(folder / "upper.qcow2", SIZE, backing=folder / "data.raw", backing_format="raw")
     (folder / "odd.raw").write_bytes(bytes(SIZE + 100))
     (folder / "text.txt").write_text("no image\n")
+    qemu_img.qemu("qemu-img", "create", "-q", "-f", "qed", folder / "disk.qed", str(SIZE))
     (folder / "folder").mkdir()

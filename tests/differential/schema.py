@@ -49,6 +49,7 @@ class Comparison:
         faces = self._theirs.names("command") | self._theirs.names("event")
         for name in sorted(faces & self._ours.entities.keys()):
             their_face, our_face = self._theirs.entities[name], self._ours.entities[name]
+            yield from _features(name, their_face, our_face)
             for side in ("arg-type", "ret-type"):
                 if side in their_face:
                     yield from self._types(f"{name}/{side}", their_face[side], our_face[side])
@@ -66,6 +67,9 @@ class Comparison:
         match theirs["meta-type"]:
             case "enum":
                 yield from _names(place, theirs["values"], ours["values"])
+                their_values, our_values = ({m["name"]: m for m in e["members"]} for e in (theirs, ours))
+                for name in sorted(their_values.keys() & our_values.keys()):
+                    yield from _features(f"{place}/{name}", their_values[name], our_values[name])
             case "object":
                 yield from self._objects(place, theirs, ours)
             case "alternate":
@@ -74,7 +78,9 @@ class Comparison:
     def _objects(self, place: str, theirs: Entity, ours: Entity) -> Iterator[Finding]:
         their_members, our_members = ({m["name"]: m for m in entity["members"]} for entity in (theirs, ours))
         yield from _names(place, their_members, our_members)
+        yield from _features(place, theirs, ours)
         for name in sorted(their_members.keys() & our_members.keys()):
+            yield from _features(f"{place}/{name}", their_members[name], our_members[name])
             is_required = "default" not in our_members[name] and "default" in their_members[name]
             if is_required and "/arg-type" in place:
                 yield Finding(f"{place}/{name}", "differs", "may be left out there only")
@@ -86,6 +92,13 @@ class Comparison:
         )
         for case in sorted(their_cases.keys() & our_cases.keys()):
             yield from self._types(f"{place}/+{case}", their_cases[case], our_cases[case])
+        if their_cases and not our_cases:
+            # The members of our only variant stand beside the tag.
+            [case] = self._ours.entities[our_members[theirs["tag"]]["type"]]["values"]
+            members = {m["name"] for m in self._theirs.entities[their_cases[case]]["members"]}
+            yield from (
+                Finding(f"{place}/+{case}", "lacks", name) for name in sorted(members - our_members.keys())
+            )
 
     def _alternates(self, place: str, theirs: Entity, ours: Entity) -> Iterator[Finding]:
         their_kinds, our_kinds = (
@@ -95,6 +108,13 @@ class Comparison:
         yield from _names(place, their_kinds, our_kinds)
         for kind in sorted(their_kinds.keys() & our_kinds.keys()):
             yield from self._types(place, their_kinds[kind], our_kinds[kind])
+
+
+def _features(place: str, theirs: Entity, ours: Entity) -> Iterator[Finding]:
+    """Features are written with a dollar before the name, as libvirt does."""
+    yield from _names(
+        place, *([f"${name}" for name in entity.get("features", [])] for entity in (theirs, ours))
+    )
 
 
 def _names(place: str, theirs: Iterable[str], ours: Iterable[str]) -> Iterator[Finding]:

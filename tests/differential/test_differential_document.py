@@ -30,6 +30,12 @@ SHOWN_ELSEWHERE = {
     "A job that is being finalized cannot be cancelled": "tests/control/test_control_verbs.py",
     "Clients may connect before the daemon is ready": "tests/control/test_control_ready.py",
     "Socket files belong to one daemon": "tests/qmp/test_qmp_transports.py",
+    "Formats are not guessed": "tests/cli/test_cli_backing_formats.py",
+    "Nothing told is nothing asked for": "tests/differential/test_differential_options.py",
+    "The order of nodes": "tests/differential/test_differential_options.py",
+    "Block status where QSD knows nothing": "tests/differential/test_differential_block_status.py",
+    "A minimum block size that NBD allows": "tests/differential/test_differential_block_sizes.py",
+    "Disks whose size is no multiple of 512": "tests/differential/test_differential_block_sizes.py",
     "`blockctl image map` does not look for holes in a file": "tests/interop/test_population.py",
 }
 
@@ -97,6 +103,7 @@ EFFECTIVE = {
     *("offset", "size"),  # tests/formats/test_raw_part.py
     *("latency-ns", "read-zeroes"),  # tests/formats/test_null.py
     "bottom",  # tests/stream
+    "config",  # test_differential_fault_config.py
     *(f"inject-error.{name}" for name in ("event", "state", "iotype", "sector", "once", "errno")),
     *(f"delay.{name}" for name in ("event", "state", "iotype", "sector", "once", "milliseconds")),
     *("align", "max-transfer", "opt-write-zero", "max-write-zero", "opt-discard", "max-discard"),

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from blockd.block.node import BlockNode
+from blockd.block.chain import chain_map
+from blockd.block.node import BlockNode, OverlayNode
 from blockd.drivers import NodeGraph
 from blockd.errors import RequestError
-from blockd.extents import Kind
+from blockd.extents import Extent, Kind
+from blockd.filters.blkstream import BlkStream
 from tests import qemu_img
 
 START, SIZE, LENGTH = 1000, 64 << 10, 128 << 10
@@ -104,3 +106,24 @@ async def test_a_raw_image_stands_on_any_node(tmp_path: Path) -> None:
     await top.flush()
     await graph.close()
     assert qemu_img.content(path)[4096:5632] == b"b" * 512 + b"g" * 512 + b"b" * 512
+
+
+async def test_what_is_in_the_backing_file_of_an_image_below_is_no_hole(tmp_path: Path) -> None:
+    """A client that skips holes, or a stream, would take it for zeroes."""
+    base = tmp_path / "base.raw"
+    base.write_bytes(b"b" * LENGTH)
+    path = qemu_img.create(tmp_path / "over.qcow2", 2 * LENGTH, backing=base, backing_format="raw")
+    top = qemu_img.create(tmp_path / "top.qcow2", 2 * LENGTH)
+    graph = NodeGraph()
+    image = {"driver": "qcow2", "file": {"driver": "file", "filename": str(path)}}
+    raw = {"driver": "raw", "node-name": "raw", "read-only": True, "file": image}
+    await graph.open(raw)
+    first, *_ = await chain_map(graph["raw"], 0, 2 * LENGTH)
+    assert first == Extent(0, LENGTH, Kind.DATA)
+    assert await chain_map(graph["raw"], LENGTH, LENGTH) == [Extent(LENGTH, LENGTH, Kind.ZERO)]
+    file = {"driver": "file", "filename": str(top)}
+    disk = await graph.open({"driver": "qcow2", "node-name": "top", "file": file, "backing": "raw"})
+    assert isinstance(disk, OverlayNode)
+    missing = await BlkStream(disk, None, "stream").missing(0, 2 * LENGTH)
+    assert missing[0] == Extent(0, LENGTH, Kind.DATA)
+    await graph.close()

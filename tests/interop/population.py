@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,9 @@ from tests.interop.peer import commands
 from tests.qemu_img import qemu
 
 Answers = dict[str, Any]
+
+# qemu-img 7.2 hangs when it is to amend some images.
+TOOL_TIMEOUT_S = 100
 
 # What qemu-img is not asked about, or what only we tell.
 OUR_OWN = {"findings"}
@@ -96,8 +99,13 @@ class Member:
 
     def _tool(self, *words: object) -> None:
         told = [str(word) for word in words]
-        result = subprocess.run(["qemu-img", *told], capture_output=True, text=True, timeout=100, check=False)
-        self.past.append(" ".join(told) + ("" if result.returncode == 0 else "  (refused)"))
+        command = ["qemu-img", *told]
+        try:
+            result = subprocess.run(command, capture_output=True, timeout=TOOL_TIMEOUT_S, check=False)
+            end = "" if result.returncode == 0 else "  (refused)"
+        except subprocess.TimeoutExpired:
+            end = "  (did not end)"  # and was killed: what it leaves is an image, too
+        self.past.append(" ".join(told) + end)
 
     def _io(self, path: Path, image_format: str, size: int, *more: str) -> None:
         unit = self.rng.choice([SECTOR_SIZE, 4 * KIB, 64 * KIB])
@@ -153,7 +161,7 @@ class Member:
         word = ["--output=json", "-f", self.format, str(self.path)]
         check = _answer("check", *word)
         infos = _answer("info", "--backing-chain", *word)
-        return {"check": check, "info": infos, "map": self._plain_map(_answer("map", *word))}
+        return {"check": check, "info": infos, "map": _plain_map(_answer("map", *word), infos)}
 
     async def ours(self) -> dict[str, object]:
         """What blockd says."""
@@ -172,27 +180,8 @@ class Member:
         return {
             "check": check,
             "info": infos,
-            "map": self._plain_map([json.loads(entry_json(entry)) for entry in found]),
+            "map": _plain_map([json.loads(entry_json(entry)) for entry in found], infos),
         }
-
-    def _plain_map(self, entries: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
-        """What both tell of a map.
-
-        qemu-img also tells where zero clusters of qcow2 images keep a place, and of some images (those that
-        use more clusters than take space) which data is a hole of the file: docs/qmp-differences.md.
-        """
-        if entries is None or self.format != "qcow2":
-            return entries
-        found: list[dict[str, Any]] = []
-        for entry in entries:
-            plain = {**entry, "zero": not entry["data"]}
-            if not entry["data"] and entry["depth"] == 0:
-                plain.pop("offset", None)
-            if found and _continues(plain, found[-1]):
-                found[-1]["length"] += plain["length"]
-            else:
-                found.append(plain)
-        return found
 
     async def differences(self) -> list[str]:
         """Where the two differ."""
@@ -202,6 +191,30 @@ class Member:
             for subject in theirs
             if theirs[subject] != ours[subject]
         ]
+
+
+def _plain_map(
+    entries: list[dict[str, Any]] | None, infos: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]] | None:
+    """What both tell of the map of a chain.
+
+    qemu-img also tells where zero clusters of qcow2 images keep a place, and of some images (those that
+    use more clusters than take space) which data is a hole of the file: docs/qmp-differences.md.
+    """
+    if entries is None:
+        return None
+    found: list[dict[str, Any]] = []
+    for entry in entries:
+        plain = dict(entry)
+        if infos[entry["depth"]]["format"] == "qcow2":
+            plain["zero"] = not entry["data"]
+            if not entry["data"]:
+                plain.pop("offset", None)
+        if found and _continues(plain, found[-1]):
+            found[-1]["length"] += plain["length"]
+        else:
+            found.append(plain)
+    return found
 
 
 def _continues(entry: dict[str, Any], last: dict[str, Any]) -> bool:

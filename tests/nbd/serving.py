@@ -93,10 +93,6 @@ def go(name: str = "disk", *, structured: bool = False) -> bytes:
     )
 
 
-# What the server answers to `go()`, in bytes: INFO with the export, and ACK.
-_GO_REPLY_SIZE = 2 * haggling.OPTION_REPLY_HEADER_SIZE + 12
-
-
 def pack(command: int, cookie: int, offset: int, length: int, flags: int = 0) -> bytes:
     return transmission.pack_request(Request(flags, command, cookie, offset, length))
 
@@ -104,7 +100,9 @@ def pack(command: int, cookie: int, offset: int, length: int, flags: int = 0) ->
 async def transmitting(raw: RawClient, *, structured: bool = False) -> None:
     """Get a client through the haggling."""
     raw.send(go(structured=structured))
-    await raw.receive(_GO_REPLY_SIZE + (20 if structured else 0))
+    for _ in range(1 + structured):  # options, each with as many replies as it takes
+        while (await raw.option_reply())[0] != nbd.REP_ACK:
+            pass
 
 
 @asynccontextmanager

@@ -5,6 +5,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 from blockd.block.node import BlockNode
 from blockd.devices.streams import Stream
 from blockd.units import KIB
@@ -85,12 +87,17 @@ async def test_nodes_by_options_with_a_backing_that_the_image_does_not_record(tm
     assert qemu_img.content(chain.active) == chain.content
 
 
-async def test_filters_and_faults(tmp_path: Path) -> None:
+async def test_filters_and_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chain = await make(tmp_path, LAYERS)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rules").write_text('[inject-error]\nevent = "pwritev"\n')
     arguments: list[str] = [
         *("--object", "throttle-group,id=t,limits.iops-total=1000"),
         *("--blockdev", f"file,node-name=f,filename={chain.active}"),
-        *("--blockdev", "faults,node-name=broken,image=f,inject-error.0.event=pwritev"),
+        *(
+            "--blockdev",
+            "faults,node-name=broken,image=f,config=rules,inject-error.0.event=vmstate_save",
+        ),
         *("--blockdev", "qcow2,node-name=q,file=broken"),
         *("--blockdev", "copy-on-read,node-name=cor,file=q"),
         *("--blockdev", "throttle,node-name=slow,file=cor,throttle-group=t"),
@@ -99,6 +106,7 @@ async def test_filters_and_faults(tmp_path: Path) -> None:
     async with run(tmp_path, *arguments) as daemon:
         before = shape(daemon)
         assert before["broken"][3] == {"image": "f"}
+    monkeypatch.chdir("/")
     await same_after_restart(tmp_path, before, *arguments)
     await same_after_restart(tmp_path, before, *arguments)
 

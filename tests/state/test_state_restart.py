@@ -71,13 +71,17 @@ async def test_all_that_was_added_at_run_time_is_there_again(tmp_path: Path, end
     slow = {"driver": "throttle", "node-name": "slow", "file": "q", "throttle-group": "t"}
     await client.command("blockdev-add", slow)
     export = {"type": "nbd", "id": "e", "node-name": "slow", "name": "other", "description": "d"}
-    await client.command("block-export-add", {**export, "writable": True})
+    flags = {"writable": True, "writethrough": True, "allocation-depth": True}
+    await client.command("block-export-add", {**export, **flags})
+    [record] = [record for record in daemon.journal["exports"] if record["id"] == "e"]
     await client.command("qom-set", path="t", property="limits", value={"iops-total": 7000})
     before = await everything(client)
     await end(daemon)
     daemon.be_alone()
     client = await daemon.run()
     assert await everything(client) == before
+    assert record in daemon.journal["exports"]
+    assert record["is-writethrough"] and record["tells-depth"]
     limits_now = await client.command("qom-get", path="t", property="limits")
     assert limits_now["iops-total"] == 7000
     assert await daemon.content() == chain.content

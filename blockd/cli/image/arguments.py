@@ -92,6 +92,7 @@ class ImageParsers:
     def _add_info(self, commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         info = self._add(commands, "info", "describe an image")
         _add_file(info)
+        _add_backing_format(info)
         info.add_argument("--backing-chain", action="store_true", help="describe its backing files too")
 
     def _add_check(self, commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -108,6 +109,7 @@ class ImageParsers:
     def _add_map(self, commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
         mapped = self._add(commands, "map", "list where the data of a disk is stored")
         _add_file(mapped)
+        _add_backing_format(mapped)
         mapped.add_argument("-s", "--start-offset", type=size, default=0, metavar="OFFSET")
         mapped.add_argument("-l", "--max-length", type=size, metavar="LENGTH")
 
@@ -116,6 +118,7 @@ class ImageParsers:
             commands, "convert", "copy a disk, with its whole backing chain, into a new image"
         )
         _add_file(convert)
+        _add_backing_format(convert)
         convert.add_argument("target", help="a file that does not exist yet")
         convert.add_argument(
             "-O",
@@ -159,6 +162,15 @@ def _add_file(parser: argparse.ArgumentParser) -> None:
         "--output", choices=("human", "json"), help="`json` is another way to say --json, qemu-img's"
     )
     _add_paths(parser)
+
+
+def _add_backing_format(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--backing-format",
+        metavar="FORMAT",
+        help="the format of the backing file of FILE, if FILE does not record it (QED records only raw); "
+        "needed unless the backing file's extension and content say the same",
+    )
 
 
 def _add_paths(parser: argparse.ArgumentParser) -> None:

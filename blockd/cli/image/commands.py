@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Coroutine, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 
 from blockd.aio import in_thread
 from blockd.block.chain import chain
@@ -17,8 +17,21 @@ from blockd.cli.display import late_bar, print_error, print_json, print_lines, p
 from blockd.cli.following import StreamStatus
 from blockd.cli.image.opening import opened_image
 from blockd.cli.standard_streams import write_out
+from blockd.drivers.graph import NodeGraph
 from blockd.drivers.sharing import file_of
 from blockd.errors import RequestError
+
+
+def _opened(
+    options: argparse.Namespace, *, has_backing: bool = True
+) -> AbstractAsyncContextManager[tuple[BlockNode, NodeGraph]]:
+    return opened_image(
+        options.file,
+        options.format,
+        options.image_paths,
+        has_backing=has_backing,
+        backing_format=options.backing_format,
+    )
 
 
 def _wants_json(options: argparse.Namespace) -> bool:
@@ -52,10 +65,7 @@ async def info(options: argparse.Namespace) -> int:
     """Describe an image, or a whole chain."""
     from blockd.cli.image.info import describe, description_lines  # noqa: PLC0415
 
-    opening = opened_image(
-        options.file, options.format, options.image_paths, has_backing=options.backing_chain
-    )
-    async with opening as (image, _):
+    async with _opened(options, has_backing=options.backing_chain) as (image, _):
         found = [await in_thread(describe, layer, await _actual_size(layer)) for layer in chain(image)]
     if _wants_json(options):
         print_json(found if options.backing_chain else found[0])
@@ -98,7 +108,7 @@ async def map_(options: argparse.Namespace) -> int:
     from blockd.cli.image.map import HEADING, chain_entries, entry_json, entry_line  # noqa: PLC0415
 
     is_json = _wants_json(options)
-    async with opened_image(options.file, options.format, options.image_paths) as (image, _):
+    async with _opened(options) as (image, _):
         start, end = min(options.start_offset, image.size), image.size
         if options.max_length is not None:
             end = min(end, start + options.max_length)
@@ -129,7 +139,7 @@ async def convert(options: argparse.Namespace) -> int:
     image = NewImage(image_format).told(options.options)
     if (image.size, image.backing, image.backing_format) != (None, None, None):
         raise RequestError("The copy of an image has its size, and no backing file")
-    source = Source(options.file, options.format, options.image_paths)
+    source = Source(options.file, options.format, options.image_paths, options.backing_format)
     with _display(options) as show:
         converted = await convert_image(source, options.target, image, show)
     if _wants_json(options):

@@ -7,7 +7,7 @@ an error or Ctrl-C is removed. A raw target knows no backing: until the copy is 
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ class Source(NamedTuple):
     filename: str
     image_format: str | None
     image_paths: Sequence[str]
+    backing_format: str | None = None
 
 
 class Converted(NamedTuple):
@@ -56,7 +57,7 @@ async def convert_image(
     """
     entry = format_entry(image.image_format)
     target = given_path(target)
-    async with opened_image(source.filename, source.image_format, source.image_paths) as (top, graph):
+    async with _opened(source) as (top, graph):
         if entry.has_backing:
             image = image._replace(backing=_name_for(top, target), backing_format=format_of(top))
         _, made = await make_image(target, image._replace(size=top.size))
@@ -69,6 +70,12 @@ async def convert_image(
             async with opening as overlay:
                 job = await _stream(overlay, target, show)
     return Converted(job.length, job.counters.copied, job.counters.zero)
+
+
+def _opened(source: Source) -> AbstractAsyncContextManager[tuple[BlockNode, NodeGraph]]:
+    return opened_image(
+        source.filename, source.image_format, source.image_paths, backing_format=source.backing_format
+    )
 
 
 def _name_for(source: BlockNode, target: str) -> str:

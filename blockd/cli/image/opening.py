@@ -25,15 +25,24 @@ def format_entry(name: str) -> Format:
 
 @asynccontextmanager
 async def opened_image(
-    filename: str, image_format: str | None, image_paths: Iterable[str], *, has_backing: bool = True
+    filename: str,
+    image_format: str | None,
+    image_paths: Iterable[str],
+    *,
+    has_backing: bool = True,
+    backing_format: str | None = None,
 ) -> AsyncIterator[tuple[BlockNode, NodeGraph]]:
     """Open an image read-only, and unless told otherwise its backing chain; with it the graph it is in.
 
     Raises:   RequestError, ImageError, StorageError: an image cannot be opened.
     """
+    if backing_format is not None:
+        format_entry(backing_format)
     graph = NodeGraph(ImagePaths(image_paths))
     try:
-        image = await graph.open_image(filename, image_format, read_only=True, has_backing=has_backing)
+        image = await graph.open_image(
+            filename, image_format, read_only=True, has_backing=has_backing, backing_format=backing_format
+        )
         if isinstance(image, FilterNode):
             raise RequestError(f"'{filename}' names a filter; give the image file itself")
         yield image, graph

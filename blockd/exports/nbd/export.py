@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from blockd.block.root import Root
 from blockd.few_lines import FewLines
@@ -37,7 +37,14 @@ class Export:
     allows_many: bool = True
     # Whether every write is flushed before it is acknowledged.
     writethrough: bool = False
+    # Whether clients may ask in which layer of its chain data is.
+    allocation_depth: bool = False
     failures: FewLines = field(default_factory=partial(FewLines, log))
+
+    @property
+    def contexts(self) -> list[str]:
+        """What block status can tell of it."""
+        return [name for name in CONTEXTS if name != nbd.ALLOCATION_DEPTH or self.allocation_depth]
 
     def info(self, *, structured: bool) -> ExportInfo:
         """Size and transmission flags as they are now."""
@@ -48,12 +55,16 @@ class Export:
         return ExportInfo(self.root.size, flags | (nbd.TRANSMISSION_SEND_DF if structured else 0))
 
 
+# What block status can tell of an export, and how clients know it apart: its number in a reply.
+CONTEXTS: Final = {nbd.BASE_ALLOCATION: 0, nbd.ALLOCATION_DEPTH: 1}
+
+
 class Terms(NamedTuple):
     """What client and server agreed on when the haggling ended."""
 
     export: Export
     structured: bool
-    has_allocation: bool  # base:allocation was negotiated for this export
+    contexts: tuple[str, ...]  # what was negotiated for this export of what block status tells
     client: object  # stands for the connection, for what each of them is told once
 
 

@@ -8,14 +8,10 @@ haggling goes on; what breaks the framing itself raises PeerError and costs the 
 from collections.abc import Callable, Mapping
 
 from blockd.errors import PeerError
-from blockd.exports.nbd.export import Export, Terms, find_export, not_present
-from blockd.units import KIB
+from blockd.exports.nbd.block_sizes import block_sizes
+from blockd.exports.nbd.export import CONTEXTS, Export, Terms, find_export, not_present
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling as wire
-
-# The unit the page cache works in.
-PREFERRED_BLOCK_SIZE = 4 * KIB
-ALLOCATION_CONTEXT_ID = 0
 
 
 class Handshake:
@@ -30,7 +26,8 @@ class Handshake:
         self._option = 0
         self._option_count = 0
         self._is_structured = False
-        self._allocation_export: Export | None = None
+        # What was asked for of block status, and for which export.
+        self._contexts: tuple[Export | None, tuple[str, ...]] = None, ()
 
     def take(self, data: memoryview) -> int:
         """Work through the complete messages in `data`; return how many bytes were used.
@@ -106,7 +103,8 @@ class Handshake:
             self._agree(export)
 
     def _agree(self, export: Export) -> None:
-        self.terms = Terms(export, self._is_structured, self._allocation_export is export, client=self)
+        asked_for, contexts = self._contexts
+        self.terms = Terms(export, self._is_structured, contexts if asked_for is export else (), client=self)
 
     def _abort(self, data: bytes) -> None:
         self._reply(nbd.REP_ACK)
@@ -115,19 +113,25 @@ class Handshake:
     # -- what can be asked before -------------------------------------------------------------
 
     def _info(self, data: bytes) -> Export | None:
-        """Describe an export and return it; the answer is the same for INFO and GO."""
+        """Describe an export and return it.
+
+        As QEMU does: description and block sizes are told to clients that have not asked for them, too.
+        """
         go = wire.parse_go(data)
         export = self._find(go.name)
         if export is None:
             return None
-        self._reply(nbd.REP_INFO, wire.pack_info_export(export.info(structured=self._is_structured)))
         if nbd.INFO_NAME in go.infos:
             self._reply(nbd.REP_INFO, wire.pack_info_text(nbd.INFO_NAME, export.name))
-        if nbd.INFO_DESCRIPTION in go.infos and export.description:
+        if export.description:
             self._reply(nbd.REP_INFO, wire.pack_info_text(nbd.INFO_DESCRIPTION, export.description))
-        if nbd.INFO_BLOCK_SIZE in go.infos:
-            sizes = wire.pack_info_block_size(1, PREFERRED_BLOCK_SIZE, nbd.REQUEST_LENGTH_MAX)
-            self._reply(nbd.REP_INFO, sizes)
+        keeps_to_sizes = nbd.INFO_BLOCK_SIZE in go.infos
+        sizes = block_sizes(export.root.top, has_minimum=keeps_to_sizes or self._option == nbd.OPT_INFO)
+        self._reply(nbd.REP_INFO, wire.pack_info_block_size(*sizes))
+        self._reply(nbd.REP_INFO, wire.pack_info_export(export.info(structured=self._is_structured)))
+        if not keeps_to_sizes and sizes.minimum > 1:
+            self._reply(nbd.REP_ERR_BLOCK_SIZE_REQD, b"request NBD_INFO_BLOCK_SIZE to use this export")
+            return None
         self._reply(nbd.REP_ACK)
         return export
 
@@ -152,22 +156,25 @@ class Handshake:
 
     def _list_meta_context(self, data: bytes) -> None:
         meta = self._parse_meta(data)
-        if self._find(meta.name) is None:
+        export = self._find(meta.name)
+        if export is None:
             return
-        if not meta.queries or {"base:", nbd.BASE_ALLOCATION} & set(meta.queries):
-            self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(0, nbd.BASE_ALLOCATION))
+        for name in export.contexts:
+            namespace = name.partition(":")[0] + ":"
+            if not meta.queries or {namespace, name} & set(meta.queries):
+                self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(0, name))
         self._reply(nbd.REP_ACK)
 
     def _set_meta_context(self, data: bytes) -> None:
-        self._allocation_export = None
+        self._contexts = None, ()
         meta = self._parse_meta(data)
         export = self._find(meta.name)
         if export is None:
             return
-        if nbd.BASE_ALLOCATION in meta.queries:
-            self._allocation_export = export
-            context = wire.pack_meta_context(ALLOCATION_CONTEXT_ID, nbd.BASE_ALLOCATION)
-            self._reply(nbd.REP_META_CONTEXT, context)
+        contexts = tuple(name for name in export.contexts if name in meta.queries)
+        self._contexts = export, contexts
+        for name in contexts:
+            self._reply(nbd.REP_META_CONTEXT, wire.pack_meta_context(CONTEXTS[name], name))
         self._reply(nbd.REP_ACK)
 
     def _parse_meta(self, data: bytes) -> wire.MetaOption:

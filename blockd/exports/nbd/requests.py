@@ -4,26 +4,21 @@
 proper one out. The reads and writes that need no waiting never get here: see `connection.py`.
 """
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
 from blockd.block.accounting import Counter, DiskStats, all_guests
-from blockd.block.chain import chain_map
 from blockd.block.node import BlockNode, Buffer
 from blockd.errors import BlockdError
 from blockd.exports.nbd.error_table import nbd_error
 from blockd.exports.nbd.export import Terms
-from blockd.exports.nbd.handshake import ALLOCATION_CONTEXT_ID
-from blockd.extents import Kind
+from blockd.exports.nbd.status import block_status
 from blockd.units import MIB
 from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import transmission as wire
-from blockd.wire.nbd.transmission import Request, StatusRun
+from blockd.wire.nbd.transmission import Request
 
-# How many runs one block status carries at most; the client asks on from where they end.
-STATUS_RUN_COUNT_MAX = 4096
 _CACHE_CHUNK = 1 * MIB
 
 
@@ -38,7 +33,7 @@ class Command(NamedTuple):
     """What is allowed for one command, and what it does; its result is the reply's data if it has any."""
 
     name: str
-    perform: Callable[[BlockNode, Request, Buffer], Awaitable[Buffer | None]]
+    perform: Callable[[BlockNode, Request, Buffer, Terms], Awaitable[Buffer | None]]
     flags: int = 0
     modifies: bool = False
     has_range: bool = True
@@ -59,7 +54,7 @@ def refusal(terms: Terms, request: Request) -> Refusal | None:
         return Refusal(nbd.EINVAL, f"{request.length} bytes in one request; at most {command.length_max}")
     if command.has_range and request.offset + request.length > terms.export.root.size:
         return Refusal(command.beyond_end, "the request reaches beyond the end of the disk")
-    if request.command == nbd.CMD_BLOCK_STATUS and not (terms.has_allocation and request.length):
+    if request.command == nbd.CMD_BLOCK_STATUS and not (terms.contexts and request.length):
         return Refusal(nbd.EINVAL, "block status needs a negotiated metadata context and a length")
     if request.flags & nbd.CMD_FLAG_FAST_ZERO and not _zeroes_fast(terms.export.root.top, request):
         return Refusal(nbd.ENOTSUP, "this range cannot be zeroed faster than written")
@@ -130,7 +125,7 @@ async def _carried_out(terms: Terms, request: Request, payload: Buffer) -> list[
         async with terms.export.root.request() as node:
             if (reason := refusal(terms, request)) is not None:
                 return refuse(terms, request, reason)  # the disk was changed while this one waited
-            data = await command.perform(node, request, payload)
+            data = await command.perform(node, request, payload, terms)
             if command.modifies and (request.flags & nbd.CMD_FLAG_FUA or terms.export.writethrough):
                 await node.flush()
             # FUA is about its own request alone: it neither tells of a loss nor counts as told.
@@ -165,56 +160,36 @@ def refuse(terms: Terms, request: Request, reason: Refusal) -> list[Buffer]:
 # -- the commands -----------------------------------------------------------------------------
 
 
-async def _read(node: BlockNode, request: Request, _: Buffer) -> Buffer:
+async def _read(node: BlockNode, request: Request, _: Buffer, _terms: Terms) -> Buffer:
     return await node.read(request.offset, request.length)
 
 
-async def _write(node: BlockNode, request: Request, payload: Buffer) -> None:
+async def _write(node: BlockNode, request: Request, payload: Buffer, _terms: Terms) -> None:
     await node.write(request.offset, payload)
 
 
-async def _flush(node: BlockNode, _request: Request, _: Buffer) -> None:
+async def _flush(node: BlockNode, _request: Request, _: Buffer, _terms: Terms) -> None:
     await node.flush()
 
 
-async def _trim(node: BlockNode, request: Request, _: Buffer) -> None:
+async def _trim(node: BlockNode, request: Request, _: Buffer, _terms: Terms) -> None:
     await node.discard(request.offset, request.length)
 
 
-async def _write_zeroes(node: BlockNode, request: Request, _: Buffer) -> None:
+async def _write_zeroes(node: BlockNode, request: Request, _: Buffer, _terms: Terms) -> None:
     unmap = not request.flags & nbd.CMD_FLAG_NO_HOLE
     await node.write_zeroes(request.offset, request.length, unmap=unmap)
 
 
-async def _cache(node: BlockNode, request: Request, _: Buffer) -> None:
+async def _cache(node: BlockNode, request: Request, _: Buffer, _terms: Terms) -> None:
     """Read and drop: what can be cached on the way is cached, what is copied on read is copied."""
     end = request.offset + request.length
     for offset in range(request.offset, end, _CACHE_CHUNK):
         await node.read(offset, min(_CACHE_CHUNK, end - offset))
 
 
-async def _block_status(node: BlockNode, request: Request, _: Buffer) -> Buffer:
-    await node.catch_up()  # the maps know nothing of what is still in memory
-    count = 1 if request.flags & nbd.CMD_FLAG_REQ_ONE else STATUS_RUN_COUNT_MAX
-    runs = await _status_runs(node, request.offset, request.offset + request.length, count)
-    return wire.pack_block_status(request.cookie, ALLOCATION_CONTEXT_ID, runs)
-
-
-async def _status_runs(node: BlockNode, offset: int, end: int, count: int) -> list[StatusRun]:
-    """At most `count` runs from `offset` on, neighbours joined."""
-    runs: list[StatusRun] = []
-    while offset < end:
-        for extent in await chain_map(node, offset, end - offset):
-            flags = 0 if extent.kind is Kind.DATA else nbd.STATE_HOLE | nbd.STATE_ZERO
-            if runs and runs[-1].flags == flags:
-                runs[-1] = StatusRun(runs[-1].length + extent.length, flags)
-            elif len(runs) == count:
-                return runs
-            else:
-                runs.append(StatusRun(extent.length, flags))
-            offset = extent.end
-        await asyncio.sleep(0)  # a map that is in memory makes nobody wait; others have their turn
-    return runs
+async def _block_status(node: BlockNode, request: Request, _: Buffer, terms: Terms) -> Buffer:
+    return await block_status(node, request, terms.contexts)
 
 
 COMMANDS = {

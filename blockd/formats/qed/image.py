@@ -34,7 +34,7 @@ from blockd.formats.qed.metadata import Metadata
 from blockd.formats.qed.resize import grow
 from blockd.formats.qed.writes import GuestWrites
 from blockd.formats.scattered import read_clusters_nowait
-from blockd.units import MIB, align_down
+from blockd.units import MIB, SECTOR_SIZE, align_down
 
 # A range of clusters that differ in where they are, or one that would have to be looked up on disk.
 _MIXED = -1
@@ -54,6 +54,7 @@ class QedImage(OverlayNode):
     """A QED image. One that needs a check is checked and repaired when it is opened for writing."""
 
     driver = "qed"
+    request_alignment = SECTOR_SIZE  # as in QEMU
 
     def __init__(self, metadata: Metadata, *, node_name: str, read_only: bool) -> None:
         super().__init__(node_name, metadata.file.filename, metadata.header.size, read_only=read_only)

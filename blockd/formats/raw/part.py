@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Final, NamedTuple
 
 from blockd.aio import uninterrupted
+from blockd.block.chain import chain_map
 from blockd.block.file_events import FileEvent
 from blockd.block.node import BlockNode, Buffer, ProtocolNode, Segment
 from blockd.block.permissions import RESIZE, Access
@@ -68,7 +69,9 @@ class RawPart(BlockNode):
         """
         start, size = self._start, self._fixed_size
         _require_inside(child, start, size)
-        told = {"offset": start, "driver": self.driver} | ({} if size is None else {"size": size})
+        # As in QEMU, what was not told is left out, and members stand in this order.
+        told: dict[str, object] = {"offset": start} if start or size is None else {}
+        told |= {"driver": self.driver} | ({} if size is None else {"size": size})
         below = {"driver": child.driver, "filename": child.filename}
         self.filename = NAME_PREFIX + json.dumps({**told, "file": below})
         self.file = child
@@ -105,7 +108,8 @@ class RawPart(BlockNode):
         return await self.file.plan_read(self._start + offset, length)
 
     async def map(self, offset: int, length: int) -> list[Extent]:
-        extents = await self.file.map(self._start + offset, length)
+        # Of its whole chain: what an image below does not hold itself is in its backing file.
+        extents = await chain_map(self.file, self._start + offset, length)
         return [Extent(extent.offset - self._start, extent.length, extent.kind) for extent in extents]
 
     def kind_nowait(self, offset: int, length: int) -> Kind | None:

@@ -45,6 +45,7 @@ REP_ERROR_BIT: Final = 1 << 31
 REP_ERR_UNSUP: Final = REP_ERROR_BIT | 1
 REP_ERR_INVALID: Final = REP_ERROR_BIT | 3
 REP_ERR_UNKNOWN: Final = REP_ERROR_BIT | 6
+REP_ERR_BLOCK_SIZE_REQD: Final = REP_ERROR_BIT | 8
 REP_ERR_TOO_BIG: Final = REP_ERROR_BIT | 9
 
 INFO_EXPORT: Final = 0
@@ -53,6 +54,7 @@ INFO_DESCRIPTION: Final = 2
 INFO_BLOCK_SIZE: Final = 3
 
 BASE_ALLOCATION: Final = "base:allocation"
+ALLOCATION_DEPTH: Final = "qemu:allocation-depth"
 STATE_HOLE: Final = 1 << 0
 STATE_ZERO: Final = 1 << 1
 

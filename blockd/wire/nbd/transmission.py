@@ -103,10 +103,13 @@ def pack_error(cookie: int, error: int, text: str) -> bytes:
     return head + _ERROR.pack(error, len(message)) + message
 
 
-def pack_block_status(cookie: int, context_id: int, runs: Sequence[StatusRun]) -> bytes:
+def pack_block_status(
+    cookie: int, context_id: int, runs: Sequence[StatusRun], *, is_last: bool = True
+) -> bytes:
+    """Tell what one context says; the reply is complete with the `is_last` one."""
     payload = struct.pack(f">I{2 * len(runs)}I", context_id, *(field for run in runs for field in run))
-    head = CHUNK.pack(nbd.CHUNK_MAGIC, nbd.CHUNK_FLAG_DONE, nbd.CHUNK_BLOCK_STATUS, cookie, len(payload))
-    return head + payload
+    flags = nbd.CHUNK_FLAG_DONE if is_last else 0
+    return CHUNK.pack(nbd.CHUNK_MAGIC, flags, nbd.CHUNK_BLOCK_STATUS, cookie, len(payload)) + payload
 
 
 # -- replies, parsed by the client ------------------------------------------------------------
