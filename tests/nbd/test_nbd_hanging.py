@@ -126,12 +126,33 @@ async def test_who_has_left_does_not_wait_for_memory(at: Serving, monkeypatch: p
     memory = at.server._memory
     budget, memory.share = GuestMemory(2 * MIB), MIB // 2
     monkeypatch.setattr(memory, "budget", budget)
-    async with await at.raw() as guest:
-        await transmitting(guest)
-        guest.send(pack(nbd.CMD_READ, 1, 0, MIB) + pack(nbd.CMD_READ, 2, 0, MIB))
-        await until(lambda: len(budget._queue) == 1)
-    await until(lambda: len(at.server._left) == 1)
-    assert not budget._queue
-    assert budget.spare == MIB // 2
-    async with await at.client() as other:
-        await other.write(0, bytes(MIB))
+    async with await at.raw() as staying:
+        await transmitting(staying)
+        staying.send(pack(nbd.CMD_READ, 1, 0, MIB))
+        await until(lambda: budget.spare == MIB // 2)
+        async with await at.raw() as guest:
+            await transmitting(guest)
+            guest.send(pack(nbd.CMD_READ, 1, 0, 4096) + pack(nbd.CMD_READ, 2, 0, 3 * MIB // 2))
+            await until(lambda: len(budget._queue) == 1)
+        await until(lambda: len(at.server._left) == 1)
+        assert not budget._queue
+        assert budget.spare == MIB // 2
+        async with await at.client() as other:
+            await other.write(0, bytes(MIB))
+
+
+async def test_a_guest_whose_disk_hangs_leaves_others_as_much_memory_as_it_has(
+    at: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is not before them in the queue, however much it asks for."""
+    memory = at.server._memory
+    budget, memory.share = GuestMemory(16 * MIB), 0
+    monkeypatch.setattr(memory, "budget", budget)
+    async with await at.raw() as hanging:
+        await transmitting(hanging)
+        hanging.send(b"".join(pack(nbd.CMD_READ, number, 0, 2 * MIB) for number in range(8)))
+        await until(lambda: budget.free == 4 * MIB)
+        async with await at.client() as other:
+            for _ in range(4):
+                await other.write(0, bytes(4 * MIB))
+        assert budget.free == 4 * MIB

@@ -80,10 +80,18 @@ class ConnectionMemory:
         return max(0, self._share - self.held) + self._budget.spare
 
     def try_take(self, length: int) -> bool:
-        """Admit a request of `length` bytes; if there is no room now, it waits in turn: see `GuestMemory`."""
-        common = self._common(self.held + length) - self._common(self.held)
+        """Admit a request of `length` bytes; if there is no room now, it waits in turn: see `GuestMemory`.
+
+        A connection that would hold more of what is common than is left waits for its own requests
+        instead: if its disk hangs, others have as much as it has, and need not wait behind it.
+        """
+        held = self._common(self.held)
+        common = self._common(self.held + length) - held
         if not common:
             self.wait_no_more()
+        elif held and held + common > self._budget.free:
+            self.wait_no_more()
+            return False
         else:
             self.is_waiting = not self._budget.admit(common, self._when_freed)
             if self.is_waiting:
