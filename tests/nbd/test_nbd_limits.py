@@ -7,12 +7,14 @@ import weakref
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from blockd.block.guest_memory import MEMORY_MAX, GuestMemory
 from blockd.errors import StorageError
-from blockd.exports.nbd.connection import IN_FLIGHT_MAX, UNSENT_HIGH
+from blockd.exports.nbd import connection as connection_module
+from blockd.exports.nbd.connection import IN_FLIGHT_MAX, UNSENT_HIGH, Connection
 from blockd.exports.nbd.memory import SPARE_MAX, ConnectionMemory, RequestMemory
 from blockd.exports.nbd.receive_buffer import RECEIVE_BUFFER_SIZE
 from blockd.protocols.nbd_client import NbdClient
@@ -236,6 +238,31 @@ async def test_replies_to_waiting_requests_are_bounded_too(tmp_path: Path) -> No
             await client.flush()  # answered after all those replies were, none of which can leave
             await client.flush()
         assert node.log == ["read"] * most + ["flush"] * 2
+
+
+@pytest.mark.parametrize(("length", "turn_count"), [(64 * KIB, 8), (4 * KIB, 1)])
+async def test_long_requests_end_a_turn_that_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, length: int, turn_count: int
+) -> None:
+    """They may: memory that was never used takes long. Of short ones there is a count."""
+    monkeypatch.setattr(connection_module, "TURN_MAX_NS", 0)
+    node = MemoryNode(MIB)
+    node.holes.clear()
+    turns: list[int] = []
+    take = Connection._take_requests
+
+    def counted(self: Connection, *arguments: Any) -> None:
+        before = self._received.start
+        take(self, *arguments)
+        if self._received.start != before:
+            turns.append(self._received.start)
+
+    async with serving(node, tmp_path) as at, await at.raw() as raw:
+        await transmitting(raw)
+        monkeypatch.setattr(Connection, "_take_requests", counted)
+        raw.send(b"".join(pack(nbd.CMD_READ, cookie, 0, length) for cookie in range(8)))
+        await raw.receive(8 * (16 + length))
+    assert len(turns) == turn_count
 
 
 async def test_input_is_not_read_without_bound(node: MemoryNode, tmp_path: Path) -> None:
