@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 
 from blockd.aio import uninterrupted
+from blockd.block.node import BlockNode
 from blockd.devices.device import Device
 from blockd.errors import StorageError
 from blockd.units import MIB
 from tests import qemu_img
-from tests.control.running import refusal, running, until
+from tests.control.running import Running, refusal, running, until
 
 ACTION = {"type": "x-block-switch", "data": {"device": "vda", "filename": "FOLDER/new.qcow2"}}
 COMMANDS: dict[str, dict[str, object]] = {
@@ -22,6 +23,27 @@ COMMANDS: dict[str, dict[str, object]] = {
     "change-backing-file": {"device": "n", "image_node_name": "n", "backing_file": "base.qcow2"},
     "block_resize": {"device": "vda", "size": 2 * MIB},
 }
+
+
+async def hanging_read(
+    daemon: Running, node: BlockNode, may_end: asyncio.Event, monkeypatch: pytest.MonkeyPatch
+) -> "asyncio.Task[bytearray]":
+    """Have a guest of vda read from a node that does not answer until it may."""
+    has_begun = asyncio.Event()
+
+    @uninterrupted  # as what a thread does is
+    async def read(offset: int, length: int) -> bytes:
+        has_begun.set()
+        await may_end.wait()
+        return bytes(length)
+
+    monkeypatch.setattr(node, "read_nowait", lambda *_: None)
+    monkeypatch.setattr(node, "read", read)
+    guest = await daemon.guest("vda")
+    reading = asyncio.create_task(guest.read(0, 512))
+    async with asyncio.timeout(60):
+        await has_begun.wait()
+    return reading
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -84,20 +106,9 @@ async def test_an_export_that_is_removed_meanwhile_leaves_others_their_turn(
     async with running(tmp_path, "--device", f"vda={disk}", "--device", f"vdb={other}") as daemon:
         client, waiting = await daemon.qmp(), await daemon.qmp()
         node = daemon.services.devices.get("vda").node
-        has_begun, may_end = asyncio.Event(), asyncio.Event()
-
-        @uninterrupted  # as what a thread does is
-        async def read(offset: int, length: int) -> bytes:
-            has_begun.set()
-            await may_end.wait()
-            return bytes(length)
-
-        monkeypatch.setattr(node, "read_nowait", lambda *_: None)
-        monkeypatch.setattr(node, "read", read)
-        guest = await daemon.guest("vda")
-        reading = asyncio.create_task(guest.read(0, 512))
+        may_end = asyncio.Event()
+        reading = await hanging_read(daemon, node, may_end, monkeypatch)
         async with asyncio.timeout(60):
-            await has_begun.wait()
             removing = asyncio.create_task(waiting.command("block-export-del", id="vda", mode="hard"))
             await until(lambda: "vda" not in daemon.services.exports._require_server()._by_id)
             found = await refusal(client, "block-export-del", id="vda")
@@ -122,21 +133,10 @@ async def test_an_nbd_server_that_is_stopped_meanwhile_leaves_others_their_turn(
     async with running(tmp_path, "--device", f"vda={disk}", "--device", f"vdb={other}") as daemon:
         client, waiting = await daemon.qmp(), await daemon.qmp()
         node, server = daemon.services.devices.get("vda").node, daemon.services.exports._require_server()
-        has_begun, may_end = asyncio.Event(), asyncio.Event()
-
-        @uninterrupted  # as what a thread does is
-        async def read(offset: int, length: int) -> bytes:
-            has_begun.set()
-            await may_end.wait()
-            return bytes(length)
-
-        monkeypatch.setattr(node, "read_nowait", lambda *_: None)
-        monkeypatch.setattr(node, "read", read)
-        guest = await daemon.guest("vda")
-        reading = asyncio.create_task(guest.read(0, 512))
+        may_end = asyncio.Event()
+        reading = await hanging_read(daemon, node, may_end, monkeypatch)
         try:
             async with asyncio.timeout(60):
-                await has_begun.wait()
                 stopping = asyncio.create_task(waiting.command("nbd-server-stop"))
                 await until(lambda: [offer.export.name for offer in daemon.services.exports] == ["vda"])
                 assert not server.exports

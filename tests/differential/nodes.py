@@ -1,6 +1,20 @@
 """Scenarios of nodes: adding, removing, listing, resizing, and all that can be wrong with it."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from tests.differential.pair import FOLDER, Scenario, Send, Step, call
+
+
+def in_folder(folder: Path, node: Mapping[str, object]) -> dict[str, object]:
+    """The options of the same node, of files in a folder."""
+    told = dict(node)
+    for name, value in node.items():
+        if name == "filename":
+            told[name] = str(folder / str(value))
+        elif isinstance(value, Mapping):
+            told[name] = in_folder(folder, value)
+    return told
 
 
 def file_node(name: str, filename: str, **more: object) -> Send:

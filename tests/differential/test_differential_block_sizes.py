@@ -11,6 +11,7 @@ from blockd.wire.nbd import constants as nbd
 from blockd.wire.nbd import haggling
 from blockd.wire.nbd.haggling import GoOption
 from tests import qemu_img
+from tests.differential.nodes import in_folder
 from tests.differential.pair import blockd
 from tests.nbd.serving import RawClient
 from tests.qmp_client import QmpClient
@@ -94,7 +95,7 @@ async def advertised(owner: str, folder: Path, node: Options, description: str |
         base = limited(file("disk.raw"), **LIMITS)
         for name, options in (("base", {**base, "read-only": True}), ("disk", node)):
             if name == "disk" or "base" in node.values():
-                await client.command("blockdev-add", {**_in(folder, options), "node-name": name})
+                await client.command("blockdev-add", {**in_folder(folder, options), "node-name": name})
         address = {"type": "unix", "data": {"path": str(folder / "nbd")}}
         await client.command("nbd-server-start", {"addr": address})
         export = {"type": "nbd", "id": "e", "node-name": "disk", "writable": True}
@@ -105,17 +106,6 @@ async def advertised(owner: str, folder: Path, node: Options, description: str |
             for option in (nbd.OPT_INFO, nbd.OPT_GO)
             for asked in ASKED
         ]
-
-
-def _in(folder: Path, options: Options) -> dict[str, object]:
-    """The same node, of files in a folder."""
-    told = dict(options)
-    for name, value in options.items():
-        if name == "filename":
-            told[name] = str(folder / str(value))
-        elif isinstance(value, Mapping):
-            told[name] = _in(folder, value)
-    return told
 
 
 @pytest.mark.parametrize("name", NODES)

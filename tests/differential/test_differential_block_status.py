@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu_img
+from tests.differential.nodes import in_folder
 from tests.differential.pair import blockd
 from tests.programs import run
 from tests.qmp_client import QmpClient
@@ -62,7 +63,7 @@ async def found(owner: str, folder: Path, node: Node, *, depth: bool) -> list[st
     uri = f"nbd+unix:///disk?socket={folder / 'nbd'}"
     async with DAEMONS[owner](folder) as socket, await QmpClient.connect(socket) as client:
         await client.command("object-add", {"qom-type": "throttle-group", "id": "group"})
-        await client.command("blockdev-add", {**_in(folder, node), "node-name": "disk"})
+        await client.command("blockdev-add", {**in_folder(folder, node), "node-name": "disk"})
         address = {"type": "unix", "data": {"path": str(folder / "nbd")}}
         await client.command("nbd-server-start", {"addr": address})
         export = {"type": "nbd", "id": "e", "node-name": "disk", "allocation-depth": depth}
@@ -70,17 +71,6 @@ async def found(owner: str, folder: Path, node: Node, *, depth: bool) -> list[st
         told = json.loads(await run("nbdinfo", "--json", uri))["exports"][0]
         maps = [await run("nbdinfo", f"--map={context}", uri) for context in told["contexts"]]
         return [json.dumps({**told, "uri": ""}), *maps]
-
-
-def _in(folder: Path, node: Node) -> dict[str, object]:
-    """The same node, of files in a folder."""
-    told = dict(node)
-    for name, value in node.items():
-        if name == "filename":
-            told[name] = str(folder / str(value))
-        elif isinstance(value, Mapping):
-            told[name] = _in(folder, value)
-    return told
 
 
 @pytest.mark.parametrize("name", NODES)
