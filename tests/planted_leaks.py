@@ -22,10 +22,13 @@ _TURN_COUNT = 40
 
 
 def plant_leaks(file: ProtocolNode, rng: random.Random) -> int:
-    """Give free clusters a refcount of 1, and have the image say that it is in use; returns how many."""
+    """Have the image say that it is in use, and that clusters have one user more; returns how many.
+
+    They are free, or shared with a snapshot: an overwritten one of those loses its user later than the map.
+    """
     found = read_header(file)
     file.truncate_blocking(file.size + _ADDED_COUNT * found.cluster_size)
-    count = 0
+    count, found_max = 0, (1 << (1 << found.refcount_order)) - 1
     table_length = found.refcount_table_clusters * found.cluster_size
     for number, offset in enumerate(read_entries(file, found.refcount_table_offset, table_length // 8)):
         if not offset:
@@ -35,8 +38,9 @@ def plant_leaks(file: ProtocolNode, rng: random.Random) -> int:
         refcounts = unpack_refcounts(block, found.refcount_order)
         inside = max(0, -(-file.size >> found.cluster_bits) - number * len(refcounts))
         for index in range(min(inside, len(refcounts))):
-            if not refcounts[index] and not rng.randrange(_SHARE):
-                refcounts[index] = 1
+            is_shared = 2 <= refcounts[index] < found_max
+            if (not refcounts[index] or is_shared) and not rng.randrange(_SHARE):
+                refcounts[index] += 1
                 count += 1
         file.write_blocking(
             offset, pack_refcounts(array(refcounts.typecode, refcounts), found.refcount_order)

@@ -397,10 +397,10 @@ class Allocator:
         if (entries := self._blocks.get(block_index)) is not None:
             entries[start:end] = self._width.repeated(0, end - start)  # as the disk has it
 
-    async def free_unnamed(self, clusters: range) -> int:
-        """Free those of some clusters that have one user, though no map names them; returns how many.
+    async def free_leaked(self, clusters: range, refcount: int) -> int:
+        """Take one user from those of some clusters that have this refcount still; returns from how many.
 
-        What was named, and is on its way to be free already, is left alone.
+        What a map has named, and is on its way to lose a user already, is left alone.
 
         Needs:    no checkpoint is under way; all clusters are described by one block.
         """
@@ -414,7 +414,7 @@ class Allocator:
         found = [
             cluster
             for index, cluster in enumerate(clusters, start)
-            if entries[index] == 1
+            if entries[index] == refcount
             and not freed[index - start]
             and self._withheld.find(block_index, index, index + 1) != index
         ]

@@ -6,12 +6,13 @@ looked through it changes, but what there was when it was opened only becomes le
 - nothing is allocated before `end`, where the last cluster in use ended then;
 - nothing that a map named is punched (a plan): an L1 or L2 table that is replaced stays as it was.
 
-So whoever reads the tables from the disk, one after the other, finds every cluster before `end` named that a
-map names all the time. A cluster that has a user, is not named, and is not on its way to be free, is a leak.
+So whoever reads refcounts and then tables from the disk, one after the other, finds every cluster before
+`end` named as often as it is named all the time. One that had a user more than that, has as many still, and
+is not on its way to lose one, is a leak. Of one that has lost a user meanwhile, the next pass tells.
 """
 
 import asyncio
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from blockd.aio import in_thread, uninterrupted
 from blockd.errors import BlockdError
@@ -25,8 +26,17 @@ if TYPE_CHECKING:
 
 # Between two steps, each of which takes about as long: guests come first.
 PAUSE_S = STEPS_TIME_S
+# How often the image is looked through while guests overwrite what snapshots share.
+PASS_COUNT_MAX = 3
 # More ranges than this are left for the next time.
 RANGE_COUNT_MAX = 1 << 16
+
+
+class Leak(NamedTuple):
+    """Neighbouring clusters, described by one refcount block, with a refcount that is one too high."""
+
+    clusters: range
+    refcount: int
 
 
 class LeakSearch:
@@ -36,6 +46,7 @@ class LeakSearch:
         self._metadata = metadata
         self._end = end
         self._is_stopped = self._is_done = False
+        self._is_all = False
         self._is_over = asyncio.Event()
         self._is_over.set()
 
@@ -61,8 +72,12 @@ class LeakSearch:
         self._is_over.clear()
         metadata = self._metadata
         try:
-            if (leaks := await self._find()) is not None and await self._free(leaks):
-                metadata.is_suspect = False
+            for _ in range(PASS_COUNT_MAX):
+                if (leaks := await self._find()) is None:
+                    break
+                if await self._free(leaks):
+                    metadata.is_suspect = False
+                    break
         except BlockdError as error:
             warn_of_leaks(metadata.file, error.message)
         finally:
@@ -85,8 +100,8 @@ class LeakSearch:
             warn_of_leaks(self._metadata.file, "it is too large to be looked through in so short a time")
             self._is_done = True
 
-    async def _find(self) -> list[range] | None:
-        """The clusters that seem to be leaked: some may have become free; None: nobody can say."""
+    async def _find(self) -> list[Leak] | None:
+        """What seems to be leaked: some of it may have lost a user since; None: nobody can say."""
         file = self._metadata.file
         with self._metadata.allocator.plan():
             census = await Census.begin(file, self._end)
@@ -99,22 +114,24 @@ class LeakSearch:
                 reason = census.findings.obstacle or "refcount blocks are wrong"
                 warn_of_leaks(file, f"it is not certain what is leaked: {reason}")
                 return None
-            return await in_thread(_unnamed, census, self._metadata.allocator.block_span)
+            leaks = await in_thread(_leaks, census, self._metadata.allocator.block_span)
+            self._is_all = sum(len(leak.clusters) for leak in leaks) == census.report.leaks
+            return leaks
 
-    async def _free(self, leaks: list[range]) -> bool:
-        """Free what is still leaked, durably; False: the search was stopped, or there is more."""
+    async def _free(self, leaks: list[Leak]) -> bool:
+        """Free what is still leaked, durably; False: the search was stopped, or there may be more."""
         metadata, count = self._metadata, 0
-        for clusters in leaks[:RANGE_COUNT_MAX]:
+        for leak in leaks:
             if metadata.needs_relief:
                 await metadata.relieve()
             async with metadata.lock:  # no checkpoint is under way
                 if self._is_stopped:
                     return False
-                count += await metadata.allocator.free_unnamed(clusters)
+                count += await metadata.allocator.free_leaked(leak.clusters, leak.refcount)
         await metadata.flush()
         if count:
             tell_freed(metadata.file, count)
-        return len(leaks) <= RANGE_COUNT_MAX
+        return self._is_all and count == sum(len(leak.clusters) for leak in leaks)
 
 
 @uninterrupted
@@ -130,18 +147,20 @@ async def cut_off_room(metadata: "Metadata") -> None:
     metadata.kept_end = file.size
 
 
-def _unnamed(census: Census, span: int) -> list[range]:
-    """Clusters that have one user and are named by nothing, as ranges in blocks of `span`; blocking."""
-    found: list[range] = []
+def _leaks(census: Census, span: int) -> list[Leak]:
+    """Clusters with one user more than they are named, by refcount block of `span` clusters; blocking."""
+    found: list[Leak] = []
     stored, references = census.refcounts.stored, census.refcounts.references
     for clusters in stored.ranges_not_as(references):
         counts = stored.get(clusters.start, len(clusters)), references.get(clusters.start, len(clusters))
-        leaked = (cluster for cluster, *pair in zip(clusters, *counts, strict=True) if pair == [1, 0])
-        for cluster in leaked:
-            if found and cluster == found[-1].stop and cluster % span:
-                found[-1] = range(found[-1].start, cluster + 1)
+        for cluster, refcount, named in zip(clusters, *counts, strict=True):
+            if refcount != named + 1:
+                continue
+            last = found[-1] if found else None
+            if last and last.refcount == refcount and cluster == last.clusters.stop and cluster % span:
+                found[-1] = Leak(range(last.clusters.start, cluster + 1), refcount)
+            elif len(found) == RANGE_COUNT_MAX:
+                return found
             else:
-                found.append(range(cluster, cluster + 1))
-        if len(found) > RANGE_COUNT_MAX:
-            break
+                found.append(Leak(range(cluster, cluster + 1), refcount))
     return found
