@@ -75,7 +75,7 @@ SITES: dict[str, list[str]] = {
     ],
     "formats.qcow2.image.Qcow2Image.flush": ["checkpoint → flush acknowledged"],
     "formats.qcow2.image.Qcow2Image._settle": ["checkpoint → closed, or backing of another image"],
-    "formats.qcow2.leaks.LeakSearch._free": ["leaks free → told"],
+    "formats.qcow2.leaks.LeakSearch._free": ["what waits for a checkpoint stays little", "leaks free → told"],
     "formats.qcow2.metadata.Metadata.relieve": ["memory stays bounded"],
     "formats.qcow2.metadata.Metadata._flush": ["checkpoint → flush acknowledged"],
     "formats.qcow2.metadata.Metadata.trim": ["refcounts without what was given back → file cut"],

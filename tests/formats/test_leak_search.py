@@ -14,7 +14,7 @@ from blockd.formats.qcow2 import checkpoint
 from blockd.formats.qcow2.allocator import Allocator
 from blockd.formats.qcow2.check import Census
 from blockd.formats.qcow2.image import Qcow2Image
-from blockd.formats.qcow2.leaks import Leak, LeakSearch
+from blockd.formats.qcow2.leaks import Leaks, LeakSearch
 from blockd.formats.qcow2.mapping import MappingChanges
 from blockd.formats.qcow2.refcount_changes import RefcountChanges
 from blockd.formats.qcow2.runs import Run
@@ -150,7 +150,7 @@ async def test_what_a_checkpoint_is_about_to_free_is_waited_for(monkeypatch: pyt
         is_counted = asyncio.Event()
         find = search._find
 
-        async def found() -> list[Leak] | None:
+        async def found() -> Leaks | None:
             leaks = await find()
             is_counted.set()
             return leaks
@@ -217,8 +217,8 @@ async def test_what_waits_for_a_checkpoint_is_left_alone() -> None:
     await search.run()
     run = await image.metadata.allocate(4)
     first = run.host_offset // CLUSTER
-    assert await allocator.free_leaked(range(first, first + run.cluster_count), 1) == run.cluster_count
-    assert await allocator.free_leaked(range(first, first + run.cluster_count), 1) == 0
+    assert await allocator.free_leaked(range(first, first + run.cluster_count), 1, 1) == run.cluster_count
+    assert await allocator.free_leaked(range(first, first + run.cluster_count), 1, 1) == 0
     await image.close()
     await require_right(file, DATA)
     assert count

@@ -397,8 +397,8 @@ class Allocator:
         if (entries := self._blocks.get(block_index)) is not None:
             entries[start:end] = self._width.repeated(0, end - start)  # as the disk has it
 
-    async def free_leaked(self, clusters: range, refcount: int) -> int:
-        """Take one user from those of some clusters that have this refcount still; returns from how many.
+    async def free_leaked(self, clusters: range, refcount: int, excess: int) -> int:
+        """Take users away from those of some clusters that have this refcount still; returns from how many.
 
         What a map has named, and is on its way to lose a user already, is left alone.
 
@@ -418,7 +418,7 @@ class Allocator:
             and not freed[index - start]
             and self._withheld.find(block_index, index, index + 1) != index
         ]
-        for cluster in found:
+        for cluster in found * excess:
             self.free(Run(cluster << self.cluster_bits, 1))
         return len(found)
 

@@ -7,8 +7,8 @@ looked through it changes, but what there was when it was opened only becomes le
 - nothing that a map named is punched (a plan): an L1 or L2 table that is replaced stays as it was.
 
 So whoever reads refcounts and then tables from the disk, one after the other, finds every cluster before
-`end` named as often as it is named all the time. One that had a user more than that, has as many still, and
-is not on its way to lose one, is a leak. Of one that has lost a user meanwhile, the next pass tells.
+`end` named as often as it is named all the time. One that had more users than that, has as many still, and
+is not on its way to lose one, is leaked. Of one that has lost a user meanwhile, the next pass tells.
 """
 
 import asyncio
@@ -28,15 +28,29 @@ if TYPE_CHECKING:
 PAUSE_S = STEPS_TIME_S
 # How often the image is looked through while guests overwrite what snapshots share.
 PASS_COUNT_MAX = 3
+# What waits for a checkpoint is gone through for each range: so many of them are freed between two.
+CHECKPOINT_EVERY = 64
+# How many clusters are looked at in one go, and how many users too many one has for it to be freed.
+CLUSTER_COUNT_MAX = 1024
+EXCESS_MAX = 16
 # More ranges than this are left for the next time.
 RANGE_COUNT_MAX = 1 << 16
 
 
 class Leak(NamedTuple):
-    """Neighbouring clusters, described by one refcount block, with a refcount that is one too high."""
+    """Some neighbouring clusters, described by one refcount block, with the same refcount: it is too high."""
 
     clusters: range
     refcount: int
+    # By how much.
+    excess: int
+
+
+class Leaks(NamedTuple):
+    """What one pass has found."""
+
+    found: list[Leak]
+    are_all: bool
 
 
 class LeakSearch:
@@ -46,7 +60,6 @@ class LeakSearch:
         self._metadata = metadata
         self._end = end
         self._is_stopped = self._is_done = False
-        self._is_all = False
         self._is_over = asyncio.Event()
         self._is_over.set()
 
@@ -100,7 +113,7 @@ class LeakSearch:
             warn_of_leaks(self._metadata.file, "it is too large to be looked through in so short a time")
             self._is_done = True
 
-    async def _find(self) -> list[Leak] | None:
+    async def _find(self) -> Leaks | None:
         """What seems to be leaked: some of it may have lost a user since; None: nobody can say."""
         file = self._metadata.file
         with self._metadata.allocator.plan():
@@ -114,24 +127,28 @@ class LeakSearch:
                 reason = census.findings.obstacle or "refcount blocks are wrong"
                 warn_of_leaks(file, f"it is not certain what is leaked: {reason}")
                 return None
-            leaks = await in_thread(_leaks, census, self._metadata.allocator.block_span)
-            self._is_all = sum(len(leak.clusters) for leak in leaks) == census.report.leaks
-            return leaks
+            return await in_thread(_leaks, census, self._metadata.allocator.block_span)
 
-    async def _free(self, leaks: list[Leak]) -> bool:
+    async def _free(self, leaks: Leaks) -> bool:
         """Free what is still leaked, durably; False: the search was stopped, or there may be more."""
-        metadata, count = self._metadata, 0
-        for leak in leaks:
-            if metadata.needs_relief:
-                await metadata.relieve()
+        metadata, count, are_all = self._metadata, 0, leaks.are_all
+        for number, leak in enumerate(leaks.found):
+            if number % CHECKPOINT_EVERY == 0 and not self._is_stopped:
+                await metadata.flush()
+            await asyncio.sleep(0)
             async with metadata.lock:  # no checkpoint is under way
                 if self._is_stopped:
                     return False
-                count += await metadata.allocator.free_leaked(leak.clusters, leak.refcount)
+                freed = await metadata.allocator.free_leaked(*leak)
+            count += freed
+            # Of those with one user the others are free by now: a leak cannot lose what it does not have.
+            are_all &= leak.refcount == 1 or freed == len(leak.clusters)
+        if self._is_stopped:
+            return False
         await metadata.flush()
         if count:
             tell_freed(metadata.file, count)
-        return self._is_all and count == sum(len(leak.clusters) for leak in leaks)
+        return are_all
 
 
 @uninterrupted
@@ -147,20 +164,27 @@ async def cut_off_room(metadata: "Metadata") -> None:
     metadata.kept_end = file.size
 
 
-def _leaks(census: Census, span: int) -> list[Leak]:
-    """Clusters with one user more than they are named, by refcount block of `span` clusters; blocking."""
+def _leaks(census: Census, span: int) -> Leaks:
+    """What a census has found, by refcount block of `span` clusters; blocking."""
+    found = _too_high(census, span)
+    return Leaks(found, are_all=sum(len(leak.clusters) for leak in found) == census.report.leaks)
+
+
+def _too_high(census: Census, span: int) -> list[Leak]:
+    """Clusters with more users than they are named, as far as they are not too many."""
     found: list[Leak] = []
+    at_once = min(span, CLUSTER_COUNT_MAX)  # powers of two
     stored, references = census.refcounts.stored, census.refcounts.references
     for clusters in stored.ranges_not_as(references):
         counts = stored.get(clusters.start, len(clusters)), references.get(clusters.start, len(clusters))
         for cluster, refcount, named in zip(clusters, *counts, strict=True):
-            if refcount != named + 1:
+            if not named < refcount <= named + EXCESS_MAX:
                 continue
-            last = found[-1] if found else None
-            if last and last.refcount == refcount and cluster == last.clusters.stop and cluster % span:
-                found[-1] = Leak(range(last.clusters.start, cluster + 1), refcount)
+            what = refcount, refcount - named
+            if found and found[-1][1:] == what and cluster == found[-1].clusters.stop and cluster % at_once:
+                found[-1] = Leak(range(found[-1].clusters.start, cluster + 1), *what)
             elif len(found) == RANGE_COUNT_MAX:
                 return found
             else:
-                found.append(Leak(range(cluster, cluster + 1), refcount))
+                found.append(Leak(range(cluster, cluster + 1), *what))
     return found
